@@ -1,0 +1,1 @@
+"""Which method wins on a given task, and does a paper's claim hold here: tasks, compare, statistics, claims, report."""

@@ -1,0 +1,1 @@
+"""One runnable claim a paper: `claims/ROOM/ID.py`."""

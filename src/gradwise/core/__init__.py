@@ -1,0 +1,1 @@
+"""The ground floor: the only thing that rooms share. A room imports core and torch, never another room."""

@@ -1,0 +1,272 @@
+"""The rule engine: an optimizer is one rule, and every way of running it comes from here.
+
+A subclass gives the rule, names its states and computes the numbers of a step:
+
+    class SignDescent(RuleOptimizer):
+        search_space = {"lr": LogUniform(1e-5, 1e-1)}
+
+        def __init__(self, params, lr=1e-3, **engine):
+            super().__init__(params, {"lr": lr}, **engine)
+
+        @staticmethod
+        def scalars(group, step):
+            return {"lr": group["lr"]}
+
+        @staticmethod
+        def rule(param, grad, state, h):
+            return param - h.lr * grad.sign(), state
+
+and has loop, foreach and compiled execution, 32-, 16- and 8-bit state, flat storage, exact save and resume across all of them, closures,
+parameter groups and torch's own checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal, TypeAlias, TypedDict
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradwise.core.protocols import names_of
+from gradwise.core.rule_kernel import Kernel, KernelSpec, kernel_of
+from gradwise.core.rule_pool import SMALL, Pool, Storage
+from gradwise.core.search_space import SearchSpace
+
+WORTH_COMPILING = 2**22
+"""`mode="auto"` compiles from so many entries on: below, the seconds of compiling outweigh what a training run saves."""
+
+Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class EngineOptions(TypedDict, total=False):
+    """Keyword arguments that every rule optimizer takes.
+
+    mode: "loop" (tensor by tensor), "foreach" (small tensors together), "compiled" (`torch.compile`, one kernel for every shape; falls back
+        to "foreach", saying so once, where no compiler is found), or "auto": compiled for models of 4 M entries and more, else foreach.
+    state: "32bit", "bf16", or "8bit": block-wise 8-bit codes (arXiv 2110.02861), about 1.02 bytes an entry and state. Parameters of fewer
+        than `min_8bit_size` entries keep 32-bit state. float64 parameters keep float64 state in "32bit".
+    flat: re-home parameters, gradients and state into flat buffers; the fastest storage. Build the optimizer after moving the model.
+    min_8bit_size: see `state`.
+    maximize: ascend instead of descend.
+
+    Example:
+        >>> options: EngineOptions = {"mode": "loop", "state": "8bit"}
+    """
+
+    mode: Literal["auto", "loop", "foreach", "compiled"]
+    state: Literal["32bit", "bf16", "8bit"]
+    flat: bool
+    min_8bit_size: int
+    maximize: bool
+
+
+class RuleOptimizer(Optimizer):
+    """A torch optimizer made from one rule.
+
+    Args:
+        params: parameters, named parameters or group dicts, as for any torch optimizer.
+        defaults: the rule's hyper-parameters and their default values; all may differ by group.
+        mode, state, flat, min_8bit_size, maximize: see `EngineOptions`.
+
+    Class attributes for the author of a rule:
+        states: {name: signed} of the state tensors, zero at first. Override `states_of` where they depend on options.
+        reduces: False = elementwise. True = inside parameters of two or more dimensions the rule reduces over rows, columns or the whole
+            matrix (shape[0], rest); vectors are treated elementwise (`h.is_matrix` tells).
+        search_space: what `gradwise compare` may tune.
+
+    Raises:
+        ValueError: an unknown mode or state, a parameter that flat storage cannot re-home (by name), a complex parameter.
+        RuntimeError: at `step`, a sparse gradient (by name).
+
+    Example:
+        >>> from gradwise.optim import Lion
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = Lion([w], lr=0.1, mode="loop")
+        >>> w.grad = torch.tensor([2.0, -3.0])
+        >>> optimizer.step()
+        >>> w.data
+        tensor([0.9000, 1.1000])
+    """
+
+    states: ClassVar[dict[str, bool]] = {}
+    reduces: ClassVar[bool] = False
+    search_space: ClassVar[SearchSpace] = {}
+    traits: ClassVar[frozenset[str]] = frozenset({"dense optimizer"})
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        mode: str = "auto",
+        state: str = "32bit",
+        flat: bool = False,
+        min_8bit_size: int = 4096,
+        maximize: bool = False,
+    ) -> None:
+        for name, value, known in (("mode", mode, ("auto", "loop", "foreach", "compiled")), ("state", state, ("32bit", "bf16", "8bit"))):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        if min_8bit_size < 0:
+            raise ValueError(f"min_8bit_size must be at least 0, got {min_8bit_size}")
+        self._engine: dict[str, Any] = {"mode": mode, "state": state, "flat": flat, "min_8bit_size": min_8bit_size}
+        self._pools: dict[int, list[Pool]] = {}
+        self._housed: set[int] = set()
+        super().__init__(params, {**defaults, "maximize": maximize})
+
+    # --- what a rule's author gives -----------------------------------------------------------------------------------
+
+    @staticmethod
+    def rule(param: Tensor, grad: Tensor, state: dict[str, Tensor], h: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """(param, grad, state, h) -> (new param, new state), in plain torch operators; all but grad may be overwritten."""
+        raise TypeError("a RuleOptimizer subclass must define the static method rule(param, grad, state, h)")
+
+    @staticmethod
+    def scalars(group: Mapping[str, Any], step: int) -> dict[str, float | bool]:
+        """The numbers that the rule uses at this step (1, 2, ...), computed on the host; they become attributes of `h`."""
+        raise TypeError("a RuleOptimizer subclass must define the static method scalars(group, step)")
+
+    @classmethod
+    def states_of(cls, group: Mapping[str, Any]) -> dict[str, bool]:
+        """{name: signed} of the state tensors under the options of a group."""
+        return cls.states
+
+    # --- the seam -----------------------------------------------------------------------------------------------------
+
+    @property
+    def updates_tensors_apart(self) -> bool:
+        """True when `step` may be called with the gradients of some parameters now and of others later."""
+        return not self._engine["flat"]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        names = names_of(self)
+        for p in group["params"]:
+            if p.is_complex():
+                raise ValueError(f"{names[id(p)]} is complex: optimize torch.view_as_real of it instead")
+            if not p.is_floating_point():
+                raise ValueError(f"{names[id(p)]} has dtype {p.dtype}: only floating point parameters can be optimized")
+        if self._engine["flat"]:
+            trainable = [p for p in group["params"] if p.requires_grad]
+            _refuse_unflattenable(trainable, names)
+            self._house(len(self.param_groups) - 1, trainable)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; parameters without a gradient are left alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, group in enumerate(self.param_groups):
+            strangers = [p for p in group["params"] if id(p) not in self._housed and p.grad is not None]
+            if strangers:
+                self._house(index, strangers)
+            launch = self._launcher(group)
+            for pool in self._pools.get(index, ()):
+                pool.step(launch, one_by_one=self._engine["mode"] == "loop")
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's. With flat storage the gradients stay views of the flat buffer; cleared ones count as None until written to."""
+        homed = [pool for pool in self._all_pools() if pool.homed]
+        at_home = {id(p) for pool in homed for p in pool.params}
+        if any(id(p) not in at_home for group in self.param_groups for p in group["params"]):
+            super().zero_grad(set_to_none)
+        for pool in homed:
+            pool.clear_gradients(set_to_none)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; state saved in another mode or precision is converted."""
+        super().load_state_dict(state_dict)
+        # torch has cast the state to the parameters' dtype, which would spoil 8-bit codes and the float32 state of bf16 parameters
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for p, key in zip(group["params"], saved["params"], strict=True):
+                if key in state_dict["state"]:
+                    kept = state_dict["state"][key].items()
+                    self.state[p] = {k: v.to(p.device, copy=True) if isinstance(v, Tensor) else v for k, v in kept}
+        self._settle()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_engine": self._engine}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_engine" in state:  # a copy: its parameters are new tensors, so nothing is housed yet
+            self._pools, self._housed = {}, set()
+            if self._engine["flat"]:
+                for index, group in enumerate(self.param_groups):
+                    self._house(index, [p for p in group["params"] if p.requires_grad])
+
+    # --- housing ------------------------------------------------------------------------------------------------------
+
+    def _all_pools(self) -> list[Pool]:
+        return [pool for pools in self._pools.values() for pool in pools]
+
+    def _settle(self) -> None:
+        """After loading: flat pools take the new state over, others are built anew at the next step."""
+        for index, pools in list(self._pools.items()):
+            self._pools[index] = [pool for pool in pools if pool.homed]
+            for pool in self._pools[index]:
+                for m in pool.members:
+                    m.state = self.state[m.param]
+                pool.adopt_again()
+        self._housed = {id(m.param) for pool in self._all_pools() for m in pool.members}
+
+    @torch.no_grad()
+    def _house(self, index: int, params: list[Tensor]) -> None:
+        """Build the pools of newcomers."""
+        group, names, flat, loop = self.param_groups[index], names_of(self), self._engine["flat"], self._engine["mode"] == "loop"
+        kinds: dict[tuple[Any, ...], list[Tensor]] = {}
+        for p in params:
+            coded = self._engine["state"] == "8bit" and p.numel() >= self._engine["min_8bit_size"] and p.numel() > 0
+            matrix = self.reduces and p.ndim > 1 and p.numel() > 0
+            alone = not flat and (loop or p.numel() > SMALL or not p.is_contiguous())
+            kinds.setdefault((p.device, p.dtype, coded, matrix, p.shape if matrix else None, id(p) if alone else None), []).append(p)
+        for (_, dtype, coded, matrix, *_), members in kinds.items():
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            storage = Storage(self.states_of(group), coded, torch.bfloat16 if self._engine["state"] == "bf16" else wide)
+            pool = Pool([(p, names[id(p)], self.state[p]) for p in members], storage, matrix=matrix, homed=flat)
+            self._pools.setdefault(index, []).append(pool)
+        self._housed.update(map(id, params))
+
+    def _launcher(self, group: dict[str, Any]) -> Callable[[str, Tensor, Tensor, list[Tensor], int], None]:
+        compiled = self._engine["mode"] == "compiled" or (
+            self._engine["mode"] == "auto" and sum(p.numel() for g in self.param_groups for p in g["params"]) >= WORTH_COMPILING
+        )
+        states = tuple(self.states_of(group).items())
+        kernels: dict[tuple[int, str, int], tuple[Kernel, tuple[float, ...]]] = {}
+
+        def launch(shape: str, param: Tensor, grad: Tensor, buffers: list[Tensor], step: int) -> None:
+            known = kernels.get((step, shape, len(buffers)))
+            if known is None:
+                h = self.scalars(group, step)
+                numbers = {k: float(v) for k, v in h.items() if not isinstance(v, bool)}
+                options = tuple((k, v) for k, v in h.items() if isinstance(v, bool))
+                spec = KernelSpec(self.rule, tuple(numbers), options, states, len(buffers) > len(states), shape, group["maximize"])
+                known = kernels[step, shape, len(buffers)] = kernel_of(spec), tuple(numbers.values())
+            known[0].run(compiled, param, grad, known[1], buffers)
+
+        return launch
+
+
+def _refuse_unflattenable(params: list[Tensor], names: dict[int, str]) -> None:
+    """Name the first parameter that cannot become a view of a flat buffer, and why."""
+    for p in params:
+        data = p.data
+        reasons = {
+            "is a tensor subclass": type(data) is not Tensor,
+            "is not a dense tensor": data.layout is not torch.strided,
+            "has no memory yet (meta device)": data.device.type == "meta",
+        }
+        if not any(reasons.values()):
+            reasons["is not contiguous"] = not data.is_contiguous()
+            own = data.numel() * data.element_size()
+            reasons["is a view of memory that something else may use too"] = data.untyped_storage().nbytes() > own
+            reasons["lies in memory shared between processes"] = data.is_shared() and data.device.type == "cpu"
+        for reason, holds in reasons.items():
+            if holds:
+                raise ValueError(f"flat=True cannot re-home {names[id(p)]}: it {reason}")

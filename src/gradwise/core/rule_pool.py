@@ -1,0 +1,292 @@
+"""Where the tensors of a rule optimizer live: pools of parameters that one kernel call can update together.
+
+A pool is one of
+- direct: one large parameter, updated where it is;
+- gathered: many small parameters, copied into one buffer for the update and back;
+- homed (flat storage): parameters and gradients are themselves views of the pool's buffers, so that nothing is copied.
+State always lives in the pool's buffers; `optimizer.state[p]` holds views of them in the parameter's own shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradwise.core.block_quantizer import BLOCK, BlockQuantizer
+
+_ALIGN = 16  # entries: 64 bytes of float32, one cache line
+
+SMALL = 2**15
+"""Parameters of at most so many entries are updated together with others; larger ones where they are."""
+
+Launch = Callable[[str, Tensor, Tensor, "list[Tensor]", int], None]
+"""launch(shape, param, grad, state buffers, step): run the rule's kernel in place."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the state of a pool is kept.
+
+    Attributes:
+        states: signedness of each state by name.
+        coded: 8-bit codes with a scale a block.
+        dtype: of the state when it is not coded.
+
+    Example:
+        >>> Storage({"exp_avg": True}, coded=True, dtype=torch.float32).coded
+        True
+    """
+
+    states: dict[str, bool]
+    coded: bool
+    dtype: torch.dtype
+
+
+@dataclass(slots=True)
+class _Member:
+    param: Tensor
+    name: str
+    offset: int
+    extent: int  # entries reserved in the buffers: numel rounded up to the alignment
+    state: dict[str, Any]
+    slots: dict[str, list[Tensor]] = field(default_factory=dict)
+    home: Tensor | None = None  # flat storage: where the gradient belongs
+    untouched: int = -1  # the home's version when it was last cleared to stand for "no gradient"
+    address: int = 0  # flat storage: where the parameter was put
+
+
+class Pool:
+    """Parameters of one group, device and dtype that are updated together.
+
+    Args:
+        params: (parameter, readable name, its dict in `optimizer.state`) of each member; same shape each if `matrix`.
+        storage: how state is kept.
+        matrix: the rule sees every member as a matrix (rows, columns) instead of a run of entries.
+        homed: re-home parameters and gradients into this pool's buffers.
+
+    Example:
+        >>> p = torch.nn.Parameter(torch.ones(3))
+        >>> state = {}
+        >>> pool = Pool([(p, "p", state)], Storage({"exp_avg": True}, False, torch.float32), matrix=False, homed=False)
+        >>> state["step"], state["exp_avg"]
+        (0, tensor([0., 0., 0.]))
+    """
+
+    def __init__(self, params: list[tuple[Tensor, str, dict[str, Any]]], storage: Storage, *, matrix: bool, homed: bool) -> None:
+        first = params[0][0]
+        self.storage, self.matrix, self.homed = storage, matrix, homed
+        self.direct = len(params) == 1 and not homed and first.is_contiguous()
+        align = BLOCK if storage.coded else 1 if self.direct else _ALIGN
+        self.members: list[_Member] = []
+        offset = 0
+        for p, name, state in params:
+            extent = -(-p.numel() // align) * align
+            self.members.append(_Member(p, name, offset, extent, state))
+            offset += extent
+        self.param_buffer = torch.zeros(0 if self.direct else offset, dtype=first.dtype, device=first.device)
+        self.grad_buffer = torch.zeros_like(self.param_buffer)
+        self.buffers = self._state_buffers(offset, first.device)
+        self.params = [p for p, _, _ in params]
+        # views made once: making them anew every step would take longer than the update of a small tensor
+        self.param_views = [] if self.direct else [self._view(self.param_buffer, m) for m in self.members]
+        self.grad_views = [] if self.direct else [self._view(self.grad_buffer.data, m) for m in self.members]
+        for i, m in enumerate(self.members):
+            m.slots = self._slots(m)
+            self._adopt(m)
+            if homed:
+                self._home(m, self.param_views[i])
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def _state_buffers(self, entries: int, device: torch.device) -> list[Tensor]:
+        buffers: list[Tensor] = []
+        for signed in self.storage.states.values():
+            if self.storage.coded:
+                buffers += BlockQuantizer(signed).zeros(entries, device)
+            else:
+                buffers.append(torch.zeros(entries, dtype=self.storage.dtype, device=device))
+        return buffers
+
+    def _slots(self, m: _Member) -> dict[str, list[Tensor]]:
+        """Each state of one member, as views of the buffers."""
+        if self.storage.coded:
+            rows = slice(m.offset // BLOCK, (m.offset + m.extent) // BLOCK)
+            pairs = zip(self.buffers[::2], self.buffers[1::2], strict=True)
+            return {name: [c[rows], s[rows]] for name, (c, s) in zip(self.storage.states, pairs, strict=True)}
+        span = slice(m.offset, m.offset + m.param.numel())
+        return {name: [b[span].view(m.param.shape)] for name, b in zip(self.storage.states, self.buffers, strict=True)}
+
+    def _adopt(self, m: _Member) -> None:
+        """Copy what the member's state holds already (from a checkpoint, in any precision) into the buffers, and point it there."""
+        saved = dict(m.state)
+        m.state.clear()
+        m.state["step"] = int(saved.get("step", 0))
+        for name, slot in m.slots.items():
+            quantizer = BlockQuantizer(self.storage.states[name])
+            if name in saved:
+                if f"{name}_scale" in saved:
+                    codes, scales = (saved[key].to(slot[0].device) for key in (name, f"{name}_scale"))
+                    kept = quantizer.dequantize(codes, scales, m.param.shape)
+                    same = self.storage.coded
+                else:
+                    kept, same = saved[name].to(slot[0].device), False
+                if same:
+                    slot[0].copy_(saved[name])
+                    slot[1].copy_(saved[f"{name}_scale"])
+                elif self.storage.coded:
+                    for target, value in zip(slot, quantizer.quantize(kept), strict=True):
+                        target.copy_(value)
+                else:
+                    slot[0].copy_(kept)
+            m.state[name] = slot[0]
+            if self.storage.coded:
+                m.state[f"{name}_scale"] = slot[1]
+
+    def adopt_again(self) -> None:
+        """Take over state dicts that were filled anew by `load_state_dict`."""
+        for m in self.members:
+            self._adopt(m)
+
+    # --- flat storage -------------------------------------------------------------------------------------------------
+
+    def _home(self, m: _Member, place: Tensor) -> None:
+        place.copy_(m.param.detach())
+        m.param.data = place
+        m.address = place.data_ptr()
+        # .data gives every gradient a version counter of its own, by which a backward pass that wrote to it is known
+        m.home = self._view(self.grad_buffer.data, m)
+        if m.param.grad is not None:
+            m.home.copy_(m.param.grad)
+        else:
+            m.untouched = m.home._version
+        m.param.grad = m.home
+
+    def clear_gradients(self, to_none: bool) -> None:
+        """`zero_grad` for flat storage: gradients stay where they are; cleared ones count as None until a backward pass writes to them."""
+        self.grad_buffer.zero_()
+        for m in self.members:
+            assert m.home is not None
+            m.param.grad = m.home
+            m.untouched = m.home._version if to_none else -1
+
+    # --- the update ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, launch: Launch, one_by_one: bool) -> None:
+        """Advance every member that has a gradient, in as few kernel calls as steps and gaps allow.
+
+        Raises:
+            RuntimeError: a sparse gradient, or a parameter that was moved after flat storage re-homed it (by name).
+        """
+        grads = self._gradients()
+        # stacked, large matrices would only push each other's temporaries out of the cache
+        one_by_one = one_by_one or (self.matrix and self.params[0].numel() > SMALL)
+        for start, stop in self._runs(grads, one_by_one):
+            for m in self.members[start:stop]:
+                m.state["step"] += 1
+            if self.direct:
+                self._launch_direct(launch, self.members[0], grads[0], one_by_one)
+                continue
+            if self.homed:
+                self._bring_home(start, stop, grads)
+                self._launch_buffers(launch, start, stop)
+                continue
+            torch._foreach_copy_(self.param_views[start:stop], self.params[start:stop])
+            torch._foreach_copy_(self.grad_views[start:stop], grads[start:stop])  # type: ignore[arg-type]
+            self._launch_buffers(launch, start, stop)
+            torch._foreach_copy_(self.params[start:stop], self.param_views[start:stop])
+
+    def _gradients(self) -> list[Tensor | None]:
+        grads: list[Tensor | None] = []
+        for m in self.members:
+            grad = m.param.grad
+            if grad is not None:
+                if grad is m.home:
+                    if grad._version == m.untouched:
+                        grad = None
+                elif grad.layout is not torch.strided:
+                    raise RuntimeError(f"sparse gradients are not supported, and {m.name} has one")
+            grads.append(grad)
+        return grads
+
+    def _runs(self, grads: list[Tensor | None], one_by_one: bool) -> Iterator[tuple[int, int]]:
+        """Stretches of neighbours that all have a gradient and have taken the same number of steps."""
+        start, count = 0, len(grads)
+        while start < count:
+            if grads[start] is None:
+                start += 1
+                continue
+            step, stop = self.members[start].state["step"], start + 1
+            while not one_by_one and stop < count and grads[stop] is not None and self.members[stop].state["step"] == step:
+                stop += 1
+            yield start, stop
+            start = stop
+
+    def _view(self, buffer: Tensor, m: _Member) -> Tensor:
+        return buffer[m.offset : m.offset + m.param.numel()].view(m.param.shape)
+
+    def _bring_home(self, start: int, stop: int, grads: list[Tensor | None]) -> None:
+        for m, grad in zip(self.members[start:stop], grads[start:stop], strict=True):
+            if m.param.data_ptr() != m.address:
+                raise RuntimeError(
+                    f"{m.name} was moved or replaced after flat=True re-homed it: move and cast the model first, then build the optimizer"
+                )
+            if grad is not m.home:
+                assert grad is not None
+                assert m.home is not None
+                m.home.copy_(grad)
+                m.param.grad = m.home
+
+    def _launch_buffers(self, launch: Launch, start: int, stop: int) -> None:
+        first, last = self.members[start], self.members[stop - 1]
+        span = slice(first.offset, last.offset + last.extent)
+        step = first.state["step"]
+        rows = slice(span.start // BLOCK, span.stop // BLOCK)
+        if not self.matrix:
+            width = (-1, BLOCK) if self.storage.coded else (-1,)
+            states = [b[rows if self.storage.coded else span] for b in self.buffers]
+            launch("span", self.param_buffer[span].view(width), self.grad_buffer[span].view(width), states, step)
+            return
+        count, shape = stop - start, _as_matrix(first.param.shape)
+
+        def stacked(buffer: Tensor) -> Tensor:
+            each = buffer[span].view(count, first.extent)[:, : first.param.numel()].view(count, *shape)
+            return each if count > 1 else each[0]
+
+        states = [b[rows] for b in self.buffers] if self.storage.coded else [stacked(b) for b in self.buffers]
+        launch("stack" if count > 1 else "matrix", stacked(self.param_buffer), stacked(self.grad_buffer), states, step)
+
+    def _launch_direct(self, launch: Launch, m: _Member, grad: Tensor | None, as_it_is: bool) -> None:
+        assert grad is not None
+        step = m.state["step"]
+        if as_it_is and not self.matrix and not self.storage.coded and m.param.numel() <= SMALL:
+            launch("span", m.param, grad, [slot[0] for slot in m.slots.values()], step)
+            return
+        param, grad = m.param.detach(), grad.contiguous()
+        if self.matrix:
+            shape = _as_matrix(param.shape)
+            states = self.buffers if self.storage.coded else [b.view(shape) for b in self.buffers]
+            launch("matrix", param.view(shape), grad.view(shape), states, step)
+            return
+        param, grad = param.view(-1), grad.view(-1)
+        if not self.storage.coded:
+            launch("span", param, grad, self.buffers, step)
+            return
+        whole = param.numel() // BLOCK
+        if whole:
+            cut = whole * BLOCK
+            launch("span", param[:cut].view(whole, BLOCK), grad[:cut].view(whole, BLOCK), [b[:whole] for b in self.buffers], step)
+        if rest := param.numel() - whole * BLOCK:
+            # the last, short block is padded with entries that stay zero
+            padded = [torch.nn.functional.pad(x[-rest:], (0, BLOCK - rest)).view(1, BLOCK) for x in (param, grad)]
+            launch("span", padded[0], padded[1], [b[whole:] for b in self.buffers], step)
+            param[-rest:] = padded[0].view(-1)[:rest]
+
+
+def _as_matrix(shape: torch.Size) -> tuple[int, int]:
+    rows = shape[0]
+    return rows, shape.numel() // max(rows, 1)

@@ -1,0 +1,12 @@
+# Written by `python -m gradwise.core.rooms`; do not edit.
+from gradwise.optim.adabelief import AdaBelief as AdaBelief
+from gradwise.optim.adamp import AdamP as AdamP
+from gradwise.optim.adamp import SGDP as SGDP
+from gradwise.optim.adamp import radial_projection as radial_projection
+from gradwise.optim.lion import Lion as Lion
+from gradwise.optim.schedule_refinement import GradNormLogger as GradNormLogger
+from gradwise.optim.schedule_refinement import LinearDecay as LinearDecay
+from gradwise.optim.schedule_refinement import RefinedSchedule as RefinedSchedule
+from gradwise.optim.schedule_refinement import last_iterate_bound as last_iterate_bound
+from gradwise.optim.schedule_refinement import optimize_schedule as optimize_schedule
+from gradwise.optim.schedule_refinement import refine_schedule as refine_schedule
