@@ -29,7 +29,7 @@ check: $(VENV)/.dev  ## style, types, architecture, docstrings
 	$(BIN)/ruff check src tests benchmarks examples .ci
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m gradwise.core.rooms --check
+	$(BIN)/python .ci/room_stubs.py --check
 	$(BIN)/python .ci/public_names_are_documented.py
 
 claims: $(READY)  ## run every paper's claim, keep the verdicts, rewrite CLAIMS.md
@@ -38,8 +38,8 @@ claims: $(READY)  ## run every paper's claim, keep the verdicts, rewrite CLAIMS.
 bench: $(VENV)/.bench  ## speed and memory beside the peers, as ratios from one run
 	$(BIN)/python -m benchmarks
 
-stubs: $(READY)
-	$(BIN)/python -m gradwise.core.rooms
+stubs: $(READY)  ## write what each room exports into its __init__.pyi, for type checkers
+	$(BIN)/python .ci/room_stubs.py
 
 clean:
 	rm -rf $(VENV) runs report.html

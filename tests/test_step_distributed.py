@@ -94,7 +94,7 @@ def test_every_evaluation_of_a_line_search_is_sent():
 def test_an_exchange_needs_ddp():
     model = network()
     exchange = CountingExchange()
-    with pytest.raises(IncompatibleWords, match="CountingExchange cannot stand with Sequential: .* wrap it first"):
+    with pytest.raises(IncompatibleWords, match=r"CountingExchange cannot stand with Sequential: .* wrap it first"):
         Step(model, SQUARED, sgd(model), exchange=exchange)
     assert exchange.bytes_sent == 0
 
@@ -111,10 +111,10 @@ def test_an_objective_that_is_a_module_is_not_taken_for_the_model():
 
 def test_what_cannot_stand_with_ddp():
     model = DistributedDataParallel(network())
-    with pytest.raises(IncompatibleWords, match="SPSA cannot stand with DistributedDataParallel.*unwrapped"):
+    with pytest.raises(IncompatibleWords, match=r"SPSA cannot stand with DistributedDataParallel.*unwrapped"):
         Step(model, SQUARED, sgd(model), estimator=SPSA())
     views = DistributedDataParallel(network(), gradient_as_bucket_view=True)
-    with pytest.raises(IncompatibleWords, match="Lion cannot stand with DistributedDataParallel.*flat=True"):
+    with pytest.raises(IncompatibleWords, match=r"Lion cannot stand with DistributedDataParallel.*flat=True"):
         Step(views, SQUARED, Lion(views.parameters(), flat=True))
 
 

@@ -150,7 +150,8 @@ def test_a_clip_of_each_example_after_the_batch_has_been_averaged():
 
     model = network()
     for estimator in (None, *(cls() for cls in ESTIMATORS)):
-        refused("ClipExamples cannot stand with .* averaged before", model, SQUARED, sgd(model), estimator=estimator, transforms=[ClipExamples(1.0)])
+        words = {"estimator": estimator, "transforms": [ClipExamples(1.0)]}
+        refused("ClipExamples cannot stand with .* averaged before", model, SQUARED, sgd(model), **words)
 
     class PerExample(SPSA):
         traits = ()

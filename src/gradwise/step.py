@@ -316,7 +316,8 @@ def _check_seam(name: str, word: Any, kind: type, *, optional: bool = False) -> 
     if not isinstance(word, kind):
         seam = {*vars(kind), *vars(kind).get("__annotations__", ())} if getattr(kind, "_is_protocol", False) else set()
         lacks = sorted(n for n in seam if (n == "__call__" or not n.startswith("_")) and not hasattr(word, n))
-        raise TypeError(f"{name} must be of type {kind.__name__}, got {type(word).__name__}" + (f", which lacks {', '.join(lacks)}" * bool(lacks)))
+        reason = f", which lacks {', '.join(lacks)}" if lacks else ""
+        raise TypeError(f"{name} must be of type {kind.__name__}, got {type(word).__name__}{reason}")
 
 
 def _spoken(words: dict[str, str]) -> str:

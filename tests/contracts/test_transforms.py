@@ -20,6 +20,7 @@ from gradwise.core.protocols import Transform, names_of
 from gradwise.core.rooms import existing_rooms
 from gradwise.core.seeded import SeededGradient
 from gradwise.core.transform import GradientTransform
+from gradwise.optim import AdaBelief
 
 
 def exported_classes():
@@ -218,6 +219,20 @@ def test_attached_it_leaves_missing_and_frozen_gradients_alone(cls):
     optimizer.zero_grad()
     optimizer.step()  # no gradient at all
     assert all(p.grad is None for p in model.parameters())
+
+
+@every
+def test_attached_to_flat_storage_it_leaves_cleared_gradients_alone(cls):
+    model = Model()
+    optimizer = AdaBelief([p for p in model.parameters() if p.requires_grad], lr=0.1, flat=True)
+    build(cls).attach(optimizer)
+    unused = model.unused.detach().clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.first_weight.square().sum().backward()
+        optimizer.step()
+    assert torch.equal(model.unused, unused)
+    assert optimizer.state[model.unused].get("step", 0) == 0
 
 
 @every

@@ -230,7 +230,8 @@ class BlockQuantizer:
 
     def quantize_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The same for a tensor whose last dimension is the block."""
-        rows = torch.where(finite(rows), rows, 0.0).float()
+        rows = rows.float()  # first: a finite float64 may be beyond float32
+        rows = torch.where(finite(rows), rows, 0.0)
         scale = rows.abs().amax(-1)
         inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
         # 1 / scale overflows for scales below 1e-38: such a block is stored as zero

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradwise.core.protocols import Batch, Gradients, Objective
@@ -43,7 +42,7 @@ class CostMeter:
 
     @property
     def backwards(self) -> int:
-        return sum(max(e.through_loss, e.through_outputs) for e in self._evaluations)
+        return sum(max(1, len(calls)) for e in self._evaluations for calls in e.came_through.values())
 
     def counted(self, objective: Objective) -> Objective:
         """The same objective, counted."""
@@ -54,19 +53,19 @@ class CostMeter:
             with evaluation.watching(model):
                 loss = objective(model, batch)
             if isinstance(loss, Tensor) and loss.requires_grad:
-                loss.register_hook(evaluation.came_through_loss)
+                evaluation.watch_loss(loss)
             return loss
 
         return evaluate
 
 
 class _Evaluation:
-    """What one evaluation of an objective has run; hooks keep writing here during the backward pass."""
+    """What one evaluation of an objective has run; hooks keep writing here during the backward passes."""
 
     def __init__(self) -> None:
         self.calls = 0
-        self.through_outputs = 0
-        self.through_loss = 0
+        self.came_through: dict[int, set[int]] = {}
+        """By backward run, the calls of the model whose output it came through: none where the loss reaches parameters another way."""
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -78,17 +77,18 @@ class _Evaluation:
             if handle is not None:
                 handle.remove()
 
-    def came_through_loss(self, grad: Tensor) -> None:
-        self.through_loss += 1
+    def watch_loss(self, loss: Tensor) -> None:
+        loss.register_hook(lambda grad: self._run())
 
     def _called(self, model: nn.Module, args: Any, output: Any) -> None:
+        call = self.calls
         self.calls += 1
-        outputs = [t for t in _tensors(output) if t.grad_fn is not None]  # a hook on a leaf would outlive the step
-        if outputs:  # a pass that comes through several of them is still one
-            register_multi_grad_hook(outputs, self._came_through_output, mode="any")
+        for t in _tensors(output):
+            if t.grad_fn is not None:  # a hook on a leaf would outlive the step
+                t.register_hook(lambda grad: self._run(call))
 
-    def _came_through_output(self, grad: Tensor) -> None:
-        self.through_outputs += 1
+    def _run(self, *calls: int) -> None:
+        self.came_through.setdefault(torch._C._current_graph_task_id(), set()).update(calls)
 
 
 def gradient_bytes(grads: Gradients) -> int:

@@ -1,7 +1,7 @@
 """Rooms export every public name of their files; nothing is listed by hand.
 
-A room's `__init__.py` calls `public_names`. Type checkers cannot follow that, so `python -m gradwise.core.rooms` writes the same names into
-the room's `__init__.pyi`; `make check` fails while a stub is out of date.
+A file that also shows something of core's names it in its `__all__`. A room's `__init__.py` calls `public_names`. Type checkers cannot
+follow that, so `make stubs` writes the same names into the room's `__init__.pyi`, and `make check` fails while a stub is out of date.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,8 @@ def public_names(package: str) -> dict[str, Any]:
     for info in sorted(pkgutil.iter_modules(importlib.import_module(package).__path__), key=lambda info: info.name):
         module = importlib.import_module(f"{package}.{info.name}")
         for name, value in vars(module).items():
-            if name.startswith("_") or not (inspect.isclass(value) or inspect.isfunction(value)) or value.__module__ != module.__name__:
+            own = getattr(value, "__module__", None) == module.__name__ or name in getattr(module, "__all__", ())
+            if name.startswith("_") or not own or not (inspect.isclass(value) or inspect.isfunction(value)):
                 continue
             if name in found:
                 raise ImportError(f"{package}: both {found[name].__module__} and {module.__name__} define {name}")
@@ -53,37 +53,3 @@ def existing_rooms() -> list[str]:
     """
     here = Path(__file__).parent.parent
     return [room for room in ROOMS if (here / room / "__init__.py").exists()]
-
-
-def stub(room: str) -> str:
-    """The text of a room's `__init__.pyi`.
-
-    Example:
-        >>> "from gradwise.optim.lion import Lion as Lion" in stub("optim")
-        True
-    """
-    lines = sorted(f"from {value.__module__} import {name} as {name}" for name, value in public_names(f"gradwise.{room}").items())
-    return "\n".join(["# Written by `python -m gradwise.core.rooms`; do not edit.", *lines, ""])
-
-
-def main(check: bool) -> int:
-    """Write every stub, or with `check` only say which are out of date; returns the exit code.
-
-    Example:
-        >>> main(check=True)
-        0
-    """
-    late = 0
-    for room in existing_rooms():
-        path, text = Path(__file__).parent.parent / room / "__init__.pyi", stub(room)
-        if not path.exists() or path.read_text() != text:
-            if check:
-                print(f"{path} is out of date: run `python -m gradwise.core.rooms`")
-                late = 1
-            else:
-                path.write_text(text)
-    return late
-
-
-if __name__ == "__main__":
-    sys.exit(main(check="--check" in sys.argv[1:]))

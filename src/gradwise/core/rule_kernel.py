@@ -19,7 +19,7 @@ import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -93,10 +93,13 @@ class Kernel:
 
     def run(self, compiled: bool, param: Tensor, grad: Tensor, numbers: tuple[float, ...], buffers: Sequence[Tensor]) -> None:
         """Update in place; where compiling fails, say so once and run eagerly, here and from then on."""
-        # shapes of size 1 are compiled apart from all others; they are too small to be worth it
-        if compiled and self._compiles and 1 not in param.shape:
+        # shapes of size 0 and 1 are compiled apart from all others; they are too small to be worth it
+        if compiled and self._compiles and param.numel() and 1 not in param.shape:
             try:
-                self._run_compiled(param, grad, numbers, buffers)
+                if self.spec.coded and self.spec.shape != "span":
+                    self._run_decoded(param, grad, numbers, buffers)
+                else:
+                    self._run_compiled(param, grad, numbers, buffers)
                 return
             except Exception as error:
                 # compilation fails before anything has run, so the buffers are as they were
@@ -113,13 +116,28 @@ class Kernel:
         if self._compiled is None:
             self._compiled = _compiled(self.spec, self.eager)
         vector = torch.tensor(numbers, dtype=torch.float64)
-        kind = param.dtype, grad.dtype, param.device, *(b.dtype for b in buffers)
+        kind = param.dtype, grad.dtype, param.device, param.shape, param.is_contiguous(), grad.is_contiguous(), *(b.dtype for b in buffers)
         # Floats that the rule and the quantizer read are constants; left symbolic, each would be loaded entry by entry.
         # Only a kind not seen yet is traced, and setting the option costs more than running a small kernel.
         with nullcontext() if kind in self._kinds else torch._dynamo.config.patch(specialize_float=True):
             for piece in self._pieces(param, grad, buffers, COMPILED_CHUNK if self.spec.coded else None):
-                self._compiled(piece[0], piece[1], vector, *piece[2:])
+                # of a view dynamo would also look at what it is a view of, and compile anew where that is of another kind
+                param, grad, *buffers = (x.data for x in piece)
+                self._compiled(param, grad, vector, *buffers)
         self._kinds.add(kind)
+
+    def _run_decoded(self, param: Tensor, grad: Tensor, numbers: tuple[float, ...], buffers: Sequence[Tensor]) -> None:
+        """Decode, run the kernel of plain state, encode: blocks and rows do not line up, and one kernel for all three would crawl."""
+        signs = [signed for _, signed in self.spec.states]
+        with torch._dynamo.config.patch(specialize_float=True):
+            rows = [_compiled_decoder(signed)(c, s) for signed, c, s in zip(signs, buffers[::2], buffers[1::2], strict=True)]
+        states = [_unpack(x, param).to(torch.float64 if param.dtype == torch.float64 else torch.float32) for x in rows]
+        sound, before = finite(grad), param.clone()
+        kernel_of(replace(self.spec, coded=False))._run_compiled(param, grad, numbers, states)
+        param.copy_(torch.where(sound, param, before))
+        with torch._dynamo.config.patch(specialize_float=True):
+            for signed, x, c, s in zip(signs, states, buffers[::2], buffers[1::2], strict=True):
+                _compiled_encoder(signed)(_pack(torch.where(sound, x, 0.0), c), c, s)
 
     def _pieces(self, param: Tensor, grad: Tensor, buffers: Sequence[Tensor], chunk: int | None) -> Iterator[tuple[Tensor, ...]]:
         """Cut a long run of entries on a CPU into pieces of `chunk` entries a thread."""
@@ -131,6 +149,23 @@ class Kernel:
         cuts = [rows] * (param.shape[0] // rows - 1)
         cuts.append(param.shape[0] - sum(cuts))
         yield from zip(*(x.split(cuts) for x in (param, grad, *buffers)), strict=True)
+
+
+@functools.cache
+def _compiled_decoder(signed: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    def decode_rows(codes: Tensor, scale: Tensor) -> Tensor:
+        return BlockQuantizer(signed).dequantize_rows(codes, scale)
+
+    return torch.compile(decode_rows, dynamic=True, fullgraph=True, options=_COMPILE_OPTIONS)
+
+
+@functools.cache
+def _compiled_encoder(signed: bool) -> Callable[[Tensor, Tensor, Tensor], None]:
+    def encode_rows(rows: Tensor, codes: Tensor, scale: Tensor) -> None:
+        for target, value in zip((codes, scale), BlockQuantizer(signed).quantize_rows(rows), strict=True):
+            target.copy_(value)
+
+    return torch.compile(encode_rows, dynamic=True, fullgraph=True, options=_COMPILE_OPTIONS)
 
 
 @functools.cache

@@ -142,16 +142,16 @@ class RuleOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        names = names_of(self)
-        for p in group["params"]:
-            if p.is_complex():
-                raise ValueError(f"{names[id(p)]} is complex: optimize torch.view_as_real of it instead")
-            if not p.is_floating_point():
-                raise ValueError(f"{names[id(p)]} has dtype {p.dtype}: only floating point parameters can be optimized")
-        if self._engine["flat"]:
-            trainable = [p for p in group["params"] if p.requires_grad]
-            _refuse_unflattenable(trainable, names)
+        params, flat = self.param_groups[-1]["params"], self._engine["flat"]
+        trainable = [p for p in params if p.requires_grad]
+        try:
+            _refuse_unsuitable(params, names_of(self))
+            if flat:
+                _refuse_unflattenable(trainable, names_of(self))
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if flat:
             self._house(len(self.param_groups) - 1, trainable)
 
     @torch.no_grad()
@@ -164,10 +164,15 @@ class RuleOptimizer(Optimizer):
         for index, group in enumerate(self.param_groups):
             strangers = [p for p in group["params"] if id(p) not in self._housed and p.grad is not None]
             if strangers:
+                if self._engine["flat"]:
+                    _refuse_unflattenable(strangers, names_of(self))
                 self._house(index, strangers)
+        # what is refused is refused before anything has moved
+        grads = {pool: pool.gradients() for pool in self._all_pools()}
+        for index, group in enumerate(self.param_groups):
             launch = self._launcher(group)
             for pool in self._pools.get(index, ()):
-                pool.step(launch, one_by_one=self._engine["mode"] == "loop")
+                pool.step(launch, grads[pool], one_by_one=self._engine["mode"] == "loop")
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -178,6 +183,12 @@ class RuleOptimizer(Optimizer):
             super().zero_grad(set_to_none)
         for pool in homed:
             pool.clear_gradients(set_to_none)
+
+    def cleared_gradients(self) -> set[int]:
+        """`id` of each parameter whose `.grad` is only its cleared place in flat storage: whoever reads `.grad` must take it for None."""
+        homed = [pool for pool in self._all_pools() if pool.homed]
+        pairs = [pair for pool in homed for pair in zip(pool.params, pool.gradients(), strict=True)]
+        return {id(p) for p, grad in pairs if grad is None and p.grad is not None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; state saved in another mode or precision is converted."""
@@ -210,10 +221,11 @@ class RuleOptimizer(Optimizer):
         """After loading: flat pools take the new state over, others are built anew at the next step."""
         for index, pools in list(self._pools.items()):
             self._pools[index] = [pool for pool in pools if pool.homed]
+            states = self.states_of(self.param_groups[index])
             for pool in self._pools[index]:
                 for m in pool.members:
                     m.state = self.state[m.param]
-                pool.adopt_again()
+                pool.adopt_again(states)
         self._housed = {id(m.param) for pool in self._all_pools() for m in pool.members}
 
     @torch.no_grad()
@@ -251,6 +263,14 @@ class RuleOptimizer(Optimizer):
             known[0].run(compiled, param, grad, known[1], buffers)
 
         return launch
+
+
+def _refuse_unsuitable(params: list[Tensor], names: dict[int, str]) -> None:
+    for p in params:
+        if p.is_complex():
+            raise ValueError(f"{names[id(p)]} is complex: optimize torch.view_as_real of it instead")
+        if not p.is_floating_point():
+            raise ValueError(f"{names[id(p)]} has dtype {p.dtype}: only floating point parameters can be optimized")
 
 
 def _refuse_unflattenable(params: list[Tensor], names: dict[int, str]) -> None:

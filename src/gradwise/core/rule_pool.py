@@ -10,13 +10,13 @@ State always lives in the pool's buffers; `optimizer.state[p]` holds views of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradwise.core.block_quantizer import BLOCK, BlockQuantizer
+from gradwise.core.block_quantizer import BLOCK, BlockQuantizer, zero_code
 
 _ALIGN = 16  # entries: 64 bytes of float32, one cache line
 
@@ -55,7 +55,8 @@ class _Member:
     state: dict[str, Any]
     slots: dict[str, list[Tensor]] = field(default_factory=dict)
     home: Tensor | None = None  # flat storage: where the gradient belongs
-    untouched: int = -1  # the home's version when it was last cleared to stand for "no gradient"
+    untouched: int = -1  # the home's version when it was last cleared to stand for "no gradient"; -1 = it is a gradient
+    arrived: set[bool] = field(default_factory=set)  # not empty when a backward pass has written to the home since then
     address: int = 0  # flat storage: where the parameter was put
 
 
@@ -142,13 +143,22 @@ class Pool:
                         target.copy_(value)
                 else:
                     slot[0].copy_(kept)
+            else:  # the checkpoint is from before the first step
+                slot[0].fill_(zero_code(self.storage.states[name]) if self.storage.coded else 0)
+                for scales in slot[1:]:
+                    scales.zero_()
             m.state[name] = slot[0]
             if self.storage.coded:
                 m.state[f"{name}_scale"] = slot[1]
 
-    def adopt_again(self) -> None:
-        """Take over state dicts that were filled anew by `load_state_dict`."""
+    def adopt_again(self, states: dict[str, bool]) -> None:
+        """Take over state dicts that were filled anew by `load_state_dict`, of which the options may ask for other states than before."""
+        if states != self.storage.states:
+            self.storage = replace(self.storage, states=states)
+            last = self.members[-1]
+            self.buffers = self._state_buffers(last.offset + last.extent, self.param_buffer.device)
         for m in self.members:
+            m.slots = self._slots(m)
             self._adopt(m)
 
     # --- flat storage -------------------------------------------------------------------------------------------------
@@ -157,8 +167,11 @@ class Pool:
         place.copy_(m.param.detach())
         m.param.data = place
         m.address = place.data_ptr()
-        # .data gives every gradient a version counter of its own, by which a backward pass that wrote to it is known
+        # .data gives every gradient a version counter of its own, by which it is known that somebody wrote to it; whether it was a
+        # backward pass, or gradient clipping that goes over all gradients there are, the hook tells
         m.home = self._view(self.grad_buffer.data, m)
+        arrived = m.arrived  # only the set: a hook on the parameter must not keep the state alive
+        m.param.register_post_accumulate_grad_hook(lambda _: arrived.add(True))
         if m.param.grad is not None:
             m.home.copy_(m.param.grad)
         else:
@@ -172,44 +185,56 @@ class Pool:
             assert m.home is not None
             m.param.grad = m.home
             m.untouched = m.home._version if to_none else -1
+            m.arrived.clear()
 
     # --- the update ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, launch: Launch, one_by_one: bool) -> None:
-        """Advance every member that has a gradient, in as few kernel calls as steps and gaps allow.
-
-        Raises:
-            RuntimeError: a sparse gradient, or a parameter that was moved after flat storage re-homed it (by name).
-        """
-        grads = self._gradients()
+    def step(self, launch: Launch, grads: list[Tensor | None], one_by_one: bool) -> None:
+        """Advance every member that has a gradient, in as few kernel calls as steps and gaps allow; `grads` is what `gradients()` gave."""
+        if self.direct:
+            if grads[0] is not None:
+                self.members[0].state["step"] += 1
+                self._launch_direct(launch, self.members[0], grads[0], one_by_one)
+            return
         # stacked, large matrices would only push each other's temporaries out of the cache
         one_by_one = one_by_one or (self.matrix and self.params[0].numel() > SMALL)
         for start, stop in self._runs(grads, one_by_one):
             for m in self.members[start:stop]:
                 m.state["step"] += 1
-            if self.direct:
-                self._launch_direct(launch, self.members[0], grads[0], one_by_one)
-                continue
             if self.homed:
                 self._bring_home(start, stop, grads)
                 self._launch_buffers(launch, start, stop)
+                # the parameters are views that autograd knows nothing of: a backward pass over their old values must be an error
+                torch.autograd.graph.increment_version(self.params[start:stop])
                 continue
             torch._foreach_copy_(self.param_views[start:stop], self.params[start:stop])
             torch._foreach_copy_(self.grad_views[start:stop], grads[start:stop])  # type: ignore[arg-type]
             self._launch_buffers(launch, start, stop)
             torch._foreach_copy_(self.params[start:stop], self.param_views[start:stop])
 
-    def _gradients(self) -> list[Tensor | None]:
+    def gradients(self) -> list[Tensor | None]:
+        """The gradient of each member, None where it has none.
+
+        Raises:
+            RuntimeError: a sparse gradient, or a parameter that was moved after flat storage re-homed it (by name).
+        """
         grads: list[Tensor | None] = []
         for m in self.members:
             grad = m.param.grad
             if grad is not None:
-                if grad is m.home:
-                    if grad._version == m.untouched:
+                if grad is not m.home:
+                    if grad.layout is not torch.strided:
+                        raise RuntimeError(f"sparse gradients are not supported, and {m.name} has one")
+                elif m.untouched >= 0:
+                    if grad._version == m.untouched or not (m.arrived or grad.any()):
                         grad = None
-                elif grad.layout is not torch.strided:
-                    raise RuntimeError(f"sparse gradients are not supported, and {m.name} has one")
+                    else:
+                        m.untouched = -1
+            if self.homed and grad is not None and m.param.data_ptr() != m.address:
+                raise RuntimeError(
+                    f"{m.name} was moved or replaced after flat=True re-homed it: move and cast the model first, then build the optimizer"
+                )
             grads.append(grad)
         return grads
 
@@ -231,10 +256,6 @@ class Pool:
 
     def _bring_home(self, start: int, stop: int, grads: list[Tensor | None]) -> None:
         for m, grad in zip(self.members[start:stop], grads[start:stop], strict=True):
-            if m.param.data_ptr() != m.address:
-                raise RuntimeError(
-                    f"{m.name} was moved or replaced after flat=True re-homed it: move and cast the model first, then build the optimizer"
-                )
             if grad is not m.home:
                 assert grad is not None
                 assert m.home is not None
@@ -260,8 +281,7 @@ class Pool:
         states = [b[rows] for b in self.buffers] if self.storage.coded else [stacked(b) for b in self.buffers]
         launch("stack" if count > 1 else "matrix", stacked(self.param_buffer), stacked(self.grad_buffer), states, step)
 
-    def _launch_direct(self, launch: Launch, m: _Member, grad: Tensor | None, as_it_is: bool) -> None:
-        assert grad is not None
+    def _launch_direct(self, launch: Launch, m: _Member, grad: Tensor, as_it_is: bool) -> None:
         step = m.state["step"]
         if as_it_is and not self.matrix and not self.storage.coded and m.param.numel() <= SMALL:
             launch("span", m.param, grad, [slot[0] for slot in m.slots.values()], step)

@@ -157,7 +157,8 @@ class _BeforeStep:
             word = type(self.transform).__name__
             raise RuntimeError(f"{word}: the gradients are still scaled; call scaler.unscale_(optimizer) before scaler.step")
         params = _parameters(optimizer)
-        grads: dict[str, Tensor] = {name: p.grad for name, p in params.items() if p.grad is not None}
+        cleared: set[int] = getattr(optimizer, "cleared_gradients", set)()
+        grads: dict[str, Tensor] = {name: p.grad for name, p in params.items() if p.grad is not None and id(p) not in cleared}
         self.transform.transform_(grads, params)
 
 

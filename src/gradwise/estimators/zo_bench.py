@@ -22,6 +22,8 @@ from gradwise.core.papers import paper
 from gradwise.core.protocols import Batch, Gradients, LossFunction, NamedTensors, Objective, loss_function, trainable
 from gradwise.core.seeded import SeededGradient, perturb
 
+__all__ = ["SPSA", "SeededGradient", "spsa"]
+
 
 @paper(
     "zo_bench",

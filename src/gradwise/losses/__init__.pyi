@@ -1,4 +1,4 @@
-# Written by `python -m gradwise.core.rooms`; do not edit.
+# Written by `make stubs`; do not edit.
 from gradwise.losses.comp_sum import CompSumLoss as CompSumLoss
 from gradwise.losses.comp_sum import comp_sum_loss as comp_sum_loss
 from gradwise.losses.comp_sum import h_consistency_bound as h_consistency_bound

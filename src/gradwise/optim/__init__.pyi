@@ -1,4 +1,4 @@
-# Written by `python -m gradwise.core.rooms`; do not edit.
+# Written by `make stubs`; do not edit.
 from gradwise.optim.adabelief import AdaBelief as AdaBelief
 from gradwise.optim.adamp import AdamP as AdamP
 from gradwise.optim.adamp import SGDP as SGDP

@@ -54,15 +54,14 @@ def radial_projection(weight: Tensor, grad: Tensor, update: Tensor, delta: float
     g_norm, w_norm = torch.linalg.vector_norm(g_norms), torch.linalg.vector_norm(w_norms)
     dots, u_dots = (g * w).sum(1), (w * u).sum(1)
 
-    # one division at a time, by at least the smallest normal number: products and squares of small norms would underflow to 0 / 0
-    def at_least(floor: Any, norm: Tensor) -> Tensor:
-        return norm.clamp_min(floor).clamp_min(torch.finfo(norm.dtype).tiny)
+    # one division at a time: products and squares of small norms would underflow; and with eps = 0 a dead channel must not be 0 / 0
+    tiny = torch.finfo(w.dtype).tiny
 
     def cosine(dot: Tensor, g_norm: Tensor, w_norm: Tensor) -> Tensor:
-        return dot.abs() / at_least(eps, g_norm) / at_least(eps, w_norm)
+        return dot.abs() / g_norm.clamp_min(eps).clamp_min(tiny) / w_norm.clamp_min(eps).clamp_min(tiny)
 
     def radial(dot: Tensor, w_norm: Tensor) -> Tensor:
-        return dot / at_least(0.0, w_norm + eps) / at_least(0.0, w_norm + eps)
+        return torch.where(w_norm > 0, dot / (w_norm + eps) / (w_norm + eps), 0.0)
 
     rows_pass = cosine(dots, g_norms, w_norms).amax() < delta / math.sqrt(w.shape[1])
     matrix_passes = cosine(dots.sum(), g_norm, w_norm) < delta / math.sqrt(w.shape[0] * w.shape[1])
