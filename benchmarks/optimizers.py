@@ -31,6 +31,10 @@ BARS = {
 }  # fmt: skip
 
 
+EAGER_BAR = {f"{rule} {mode}" for rule in ("AdaBelief", "Lion") for mode in ("foreach", "foreach flat", "loop")}
+"""Elementwise rules, run eagerly, against torch's own loop; AdamP and SGDP reduce over rows as well, which AdamW does not have to."""
+
+
 def shapes(model: str) -> list[tuple[int, ...]]:
     if model == "small":
         return [(44, 44), (64,), (32, 64)] * 200
@@ -109,7 +113,7 @@ def measure(model: str, console: Console, only: Callable[[str], bool] = lambda n
         ratio = seconds[name] / reference
         per_byte = ratio * MOVED["adamw"] / MOVED[rule]
         bar = BARS.get((model, name))
-        if name.split()[-1] in ("loop", "foreach") and not name.startswith("torch"):
+        if name in EAGER_BAR:
             bar_text, holds = "torch loop", seconds[name] <= seconds.get("torch AdamW loop", float("inf"))
         else:
             bar_text, holds = (f"{bar}" if bar else ""), bar is None or (ratio if model == "small" else per_byte) <= bar

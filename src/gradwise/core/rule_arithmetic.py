@@ -64,3 +64,13 @@ def step_along_ratio_(param: Tensor, numerator: Tensor, denominator: Tensor, siz
     if isinstance(size, float):
         return param.addcdiv_(numerator, denominator, value=-size)
     return param.sub_(size * (numerator / denominator))
+
+
+def scale_and_shift(x: Tensor, scale: Any, shift: Any) -> Tensor:
+    """scale x + shift; x may be overwritten.
+
+    Example:
+        >>> scale_and_shift(torch.ones(1), 2.0, 0.5)
+        tensor([2.5000])
+    """
+    return torch.rsub(x, shift, alpha=-scale) if isinstance(scale, float) else x.mul_(scale).add_(shift)

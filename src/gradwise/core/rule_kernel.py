@@ -36,10 +36,12 @@ COMPILED_CHUNK = 2**19
 """The same for compiled kernels with 8-bit state, which keep the decoded state in temporaries between their two passes over a block."""
 
 _COMPILE_OPTIONS: dict[str, Any] = {
-    # Both only cost time on first use (about 8 s together on two cores): probing every vector instruction set with a test program,
-    # although the processor's flags name them already; and precompiling headers for kernels that will never come.
+    # All only cost time on first use (about 9 s together on two cores): probing every vector instruction set with a test program,
+    # although the processor's flags name them already; precompiling headers for kernels that will never come; and looking for patterns
+    # such as attention, of which a rule has none.
     "cpp.vec_isa_ok": True,
     "cpp_cache_precompile_headers": False,
+    "pattern_matcher": False,
 }
 
 
@@ -90,6 +92,8 @@ class Kernel:
         self._compiled: Callable[..., None] | None = None
         self._compiles = True
         self._kinds: set[tuple[Any, ...]] = set()
+        self._numbers: tuple[float, ...] | None = None
+        self._vector = torch.empty(0)
 
     def run(self, compiled: bool, param: Tensor, grad: Tensor, numbers: tuple[float, ...], buffers: Sequence[Tensor]) -> None:
         """Update in place; where compiling fails, say so once and run eagerly, here and from then on."""
@@ -115,7 +119,8 @@ class Kernel:
     def _run_compiled(self, param: Tensor, grad: Tensor, numbers: tuple[float, ...], buffers: Sequence[Tensor]) -> None:
         if self._compiled is None:
             self._compiled = _compiled(self.spec, self.eager)
-        vector = torch.tensor(numbers, dtype=torch.float64)
+        if numbers is not self._numbers:  # the same tuple comes with every tensor of a step
+            self._numbers, self._vector = numbers, torch.tensor(numbers, dtype=torch.float64)
         kind = param.dtype, grad.dtype, param.device, param.shape, param.is_contiguous(), grad.is_contiguous(), *(b.dtype for b in buffers)
         # Floats that the rule and the quantizer read are constants; left symbolic, each would be loaded entry by entry.
         # Only a kind not seen yet is traced, and setting the option costs more than running a small kernel.
@@ -123,7 +128,7 @@ class Kernel:
             for piece in self._pieces(param, grad, buffers, COMPILED_CHUNK if self.spec.coded else None):
                 # of a view dynamo would also look at what it is a view of, and compile anew where that is of another kind
                 param, grad, *buffers = (x.data for x in piece)
-                self._compiled(param, grad, vector, *buffers)
+                self._compiled(param, grad, self._vector, *buffers)
         self._kinds.add(kind)
 
     def _run_decoded(self, param: Tensor, grad: Tensor, numbers: tuple[float, ...], buffers: Sequence[Tensor]) -> None:

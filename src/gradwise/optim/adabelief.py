@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradwise.core.hyperparameters import betas_in_range, non_negative
 from gradwise.core.papers import paper
-from gradwise.core.rule_arithmetic import moving_average_, moving_square_, step_along_ratio_
+from gradwise.core.rule_arithmetic import moving_average_, moving_square_, scale_and_shift, step_along_ratio_
 from gradwise.core.rule_optimizer import EngineOptions, Params, RuleOptimizer
 from gradwise.core.search_space import LogUniform
 
@@ -102,7 +102,7 @@ class AdaBelief(RuleOptimizer):
         if h.amsgrad:
             after["max_exp_avg_var"] = torch.maximum(state["max_exp_avg_var"], variance)
         spread = after["max_exp_avg_var"] if h.use_maximum else variance
-        denominator = spread.sqrt().mul_(h.scale).add_(h.floor)
+        denominator = scale_and_shift(spread.sqrt(), h.scale, h.floor)
         if h.may_vanish:
             denominator.clamp_min_(torch.finfo(mean.dtype).tiny)  # 0 / 0 must rest, not become NaN
         return step_along_ratio_(param, mean, denominator, h.size), after
