@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gradwise.core import papers
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -36,6 +38,7 @@ def test_the_contributed_optimizer_is_whole_in_seventy_lines(tmp_path: Path, mon
     assert len(block.splitlines()) <= 70
     (tmp_path / "contributed_signum.py").write_text(block)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(papers, "_PAPERS", dict(papers._PAPERS))  # it must not stay in the catalog of the other tests
     signum = importlib.import_module("contributed_signum").Signum
     generator = torch.Generator().manual_seed(0)
     start, grad = (torch.randn(300, 20, generator=generator) for _ in range(2))

@@ -111,9 +111,9 @@ def find(id: str) -> Entry:
 def search(query: str) -> list[Entry]:
     """The papers that match the words of `query`, best first; an empty query gives the whole catalog.
 
-    Each word is looked for in the id, the arXiv number, the names to import, the title and the room: as a whole word, as its
-    beginning, and (from four letters on) misspelt. Rare words count more than words that many papers share; an exact id comes
-    before everything.
+    Each word is looked for in the id, the arXiv number, the names to import, the title, the room and the line in which each name
+    and its file say what they are: as a whole word, as its beginning, and (from four letters on) misspelt. Papers that match
+    more of the words come first, and rare words count more than words that many papers share; an exact id comes before everything.
 
     Example:
         >>> search("belief")[0].id, search("adabeleif")[0].id
@@ -125,13 +125,14 @@ def search(query: str) -> list[Entry]:
     words = re.findall(r"[\w.]+", query.lower())
     if not words:
         return entries
-    totals = [0.0] * len(entries)
+    totals, matched = [0.0] * len(entries), [0] * len(entries)
     for word in words:
         scores = [_score(word, entry) for entry in entries]
         rarity = math.log(1 + len(entries) / max(1, sum(score > 0 for score in scores)))
         totals = [total + rarity * score for total, score in zip(totals, scores, strict=True)]
+        matched = [count + (score > 0) for count, score in zip(matched, scores, strict=True)]
     exact = query.strip().lower()
-    ranked = sorted((entry.id != exact, -total, i) for i, (entry, total) in enumerate(zip(entries, totals, strict=True)) if total)
+    ranked = sorted((entry.id != exact, -matched[i], -totals[i], i) for i, entry in enumerate(entries) if matched[i])
     return [entries[i] for *_, i in ranked]
 
 
@@ -232,7 +233,7 @@ def _claim_module(room: str, id: str) -> str | None:
     return f"gradwise.claims.{room}.{id}" if (_PACKAGE / "claims" / room / f"{id}.py").is_file() else None
 
 
-_WEIGHTS = {"id": 8.0, "arxiv": 8.0, "names": 6.0, "title": 4.0, "room": 2.0}
+_WEIGHTS = {"id": 8.0, "arxiv": 8.0, "names": 6.0, "title": 4.0, "room": 5.0, "summary": 1.0}
 
 
 def _score(word: str, entry: Entry) -> float:
@@ -260,4 +261,12 @@ def _tokens(id: str, title: str, arxiv: str, room: str, names: tuple[str, ...]) 
         ("names", tuple(x.lower() for x in (*spoken, *parts))),
         ("title", tuple(re.findall(r"\w+", title.lower()))),
         ("room", (room,)),
+        ("summary", tuple(word for path in names for word in re.findall(r"\w+", _summary(path).lower()))),
     )
+
+
+def _summary(path: str) -> str:
+    """The first line of what an importable name says of itself, and of the file it is defined in."""
+    module, name = path.rsplit(".", 1)
+    value = getattr(importlib.import_module(module), name)
+    return "\n".join((text or "").strip().partition("\n")[0] for text in (value.__doc__, sys.modules[value.__module__].__doc__))

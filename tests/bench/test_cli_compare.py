@@ -107,7 +107,7 @@ def test_the_template_printed_by_new_task_runs(tmp_path):
 def test_the_door_itself_is_light():
     """Help and mistakes in words come at once: the libraries that measure are imported by the commands that need them."""
     code = (
-        "import sys; from gradwise import cli; print(sorted({'sklearn', 'optuna', 'matplotlib', 'scipy.stats'} & set(sys.modules)))"
+        "import sys; from gradwise import cli; print(sorted({'torch', 'numpy', 'sklearn', 'optuna', 'matplotlib'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"

@@ -137,6 +137,29 @@ def test_a_folder_of_another_command_is_refused(whole):
     assert (out / "results.json").read_bytes() == before
 
 
+def test_an_interrupt_while_a_trial_is_put_on_disk_waits_for_it(tmp_path, monkeypatch):
+    import os
+    import signal
+
+    from gradwise.bench.store import Store
+
+    written = []
+    put = Store.put
+
+    def interrupted(store, *words):
+        os.kill(os.getpid(), signal.SIGINT)
+        put(store, *words)
+        written.append(words)
+
+    monkeypatch.setattr(Store, "put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out")
+    assert len(written) == 1
+    monkeypatch.undo()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C means again what it meant before
+
+
 def test_an_interrupt_keeps_what_there_is_and_the_rest_follows(whole, tmp_path, monkeypatch):
     from gradwise.bench.engines import InlineEngine
 
@@ -168,7 +191,7 @@ def test_a_users_task_is_compared_and_its_file_belongs_to_the_folder(tmp_path):
     found, _ = run(tmp_path / "out", asked)
     assert found["task"]["name"] == "spirals"
     path.write_text(TEMPLATE.replace("2, 32", "2, 33").replace("32, 2", "33, 2"))
-    with pytest.raises(UserError, match="task_source is"):
+    with pytest.raises(UserError, match="the task's file has changed since"):
         run(tmp_path / "out", asked)
 
 
@@ -189,6 +212,14 @@ def test_what_cannot_stand_together_is_refused_before_anything_is_measured(tmp_p
     asked = ASKED | {"task": "diabetes"}
     with pytest.raises(UserError, match=r"method noisy: loss comp_sum.*cannot be replaced"):
         run(tmp_path / "out", asked)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="method adamw: one step takes 1100 bytes, the budget is 1099 bytes a run"):
+        run(tmp_path / "out", ASKED | {"budget": "bytes=1099"})
+    with pytest.raises(UserError, match="--report: expected a file, got the folder"):
+        run(tmp_path / "out", report=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--report: .* cannot be used"):
+        run(tmp_path / "out", report=tmp_path / "file" / "report.html")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="--workers must be at least 1, got 0"):
         run(tmp_path / "out", workers=0)

@@ -81,6 +81,22 @@ def test_a_bug_in_a_task_is_an_error_with_its_traceback(tmp_path):
         drained(engines.InlineEngine(), {("sgd", "seed", 0): job(f"{path}:task")})
 
 
+def test_a_worker_that_is_asked_to_end_stops_the_comparison_and_is_no_result(tmp_path):
+    """So it is when a machine shuts down; what was measured is kept by the caller."""
+    path = tmp_path / "ended.py"
+    path.write_text(TASK.format(act="os.kill(os.getpid(), signal.SIGTERM)"))
+    with pytest.raises(UserError, match="a worker was ended by SIGTERM: what was measured is kept"):
+        drained(engines.LocalEngine(1), {"ended": job(f"{path}:task")})
+
+
+def test_a_task_that_ends_its_process_is_a_mistake():
+    assert engines._attempted({})[0] == "failure"
+    leaving = dict(job(), task="wine", hyper={"lr": 0.1})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engines, "run_trial", lambda **_: (_ for _ in ()).throw(SystemExit(3)))
+        assert engines._attempted(leaving)[1].startswith("SystemExit: 3")
+
+
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     import subprocess
     import sys

@@ -79,16 +79,24 @@ def test_a_clear_difference_is_told_and_corrected():
     assert second["verdict"] == "no detectable difference"
     assert "lion (0.952) beats adamw (0.92, 95 % interval" in told["verdict"]
     assert "no detectable difference for sgd" in told["verdict"]
-    assert "5 paired seeds, after 1 tuning trials each and 300 steps a run" in told["verdict"]
+    assert "5 paired seeds, after 1 tuning trial each and 300 steps a run" in told["verdict"]
 
 
 def test_no_difference_is_told_in_those_words():
     told = found({"adamw": BASE, "sgd": BASE, "lion": [b - 0.2 - 0.001 * i for i, b in enumerate(BASE)]})
     assert "no detectable difference in test accuracy between adamw (0.92, 95 % interval" in told["verdict"]
-    assert told["verdict"].endswith("and sgd over 5 paired seeds, after 1 tuning trials each and 300 steps a run; lion is worse.")
+    assert told["verdict"].endswith("and sgd over 5 paired seeds, after 1 tuning trial each and 300 steps a run; lion is worse.")
     alone = found({"adamw": BASE, "lion": [b - 0.2 - 0.001 * i for i, b in enumerate(BASE)]})
     assert "adamw (0.92, 95 % interval" in alone["verdict"]
     assert "is best in test accuracy" in alone["verdict"]
+
+
+@pytest.mark.parametrize(("seeds", "verdict"), [(2, "no detectable difference"), (5, "no detectable difference"), (6, "better")])
+def test_the_same_difference_on_every_seed_is_judged_by_its_signs_alone(seeds, verdict):
+    base = [0.9] * seeds
+    (told,) = found({"adamw": base, "sgd": [x + 1 / 35 for x in base]}, seeds=seeds)["comparisons"]
+    assert told["p"] == pytest.approx(2.0 ** (1 - seeds))
+    assert told["verdict"] == verdict
 
 
 def test_few_seeds_are_said_to_be_few():
@@ -97,12 +105,24 @@ def test_few_seeds_are_said_to_be_few():
 
 
 def test_diverging_never_helps():
-    """A run that diverged counts as the worst figure of the table, and is counted."""
+    """A run that diverged counts as the worst figure of the table, here that of the untrained model (0.2), and is counted."""
     told = found({"adamw": BASE, "sgd": [0.99, 0.99, None, None, None], "lion": [0.5, 0.6, 0.7, 0.8, 0.9]})
     sgd = told["methods"][1]["summary"]
     assert sgd["diverged"] == 3
-    assert sgd["mean"] == pytest.approx((0.99 + 0.99 + 3 * 0.5) / 5)
-    assert told["comparisons"][0]["difference"] == pytest.approx((0.09 + 0.08 + (0.5 * 3 - 0.92 - 0.93 - 0.94)) / 5)
+    assert sgd["mean"] == pytest.approx((0.99 + 0.99 + 3 * 0.2) / 5)
+    assert told["comparisons"][0]["difference"] == pytest.approx((0.09 + 0.08 + (0.2 * 3 - 0.92 - 0.93 - 0.94)) / 5)
+    assert "; sgd diverged on 3 of 5 seeds" in told["verdict"]
+
+
+def test_diverging_hurts_even_where_nobody_else_does_badly():
+    """Every completed run has the same figure: the worst of them would make a method that always diverges a perfect match."""
+    told = found({"adamw": [0.95] * 5, "sgd": [None] * 5})
+    assert told["comparisons"][0]["difference"] == pytest.approx(0.2 - 0.95)
+    assert told["comparisons"][0]["verdict"] == "worse"
+
+
+def test_numbers_near_zero_have_no_sign():
+    assert "(0, 95 % interval 0 to 0) is best" in found({"adamw": [-0.0] * 5, "sgd": [None] * 5})["verdict"].replace("-0", "minus")
 
 
 def test_methods_that_always_diverge():
@@ -113,7 +133,11 @@ def test_methods_that_always_diverge():
     assert (
         found({"adamw": lost, "sgd": lost})["verdict"] == "On wine every run of every method diverged: there is nothing to compare."
     )
-    assert "every run diverged" in found({"adamw": lost, "sgd": BASE})["verdict"]
+    reversed_roles = found({"adamw": lost, "sgd": BASE, "lion": [b - 0.2 for b in BASE]})["verdict"]
+    assert reversed_roles.startswith("On wine, the baseline adamw diverged on every seed; the best mean test accuracy")
+    assert "is that of sgd (0.92, 95 % interval" in reversed_roles
+    assert found({"adamw": BASE, "sgd": lost})["verdict"].endswith("; sgd diverged on every seed.")
+    assert "no detectable difference" not in found({"adamw": BASE, "sgd": lost})["verdict"]
 
 
 def test_partial_results_have_the_same_shape_and_no_verdict():

@@ -113,6 +113,17 @@ def test_a_file_in_the_place_of_the_folder_is_a_users_mistake(tmp_path):
         reopened(tmp_path / "out")
 
 
+def test_a_disk_that_takes_no_more_is_a_users_mistake(tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    with Store(tmp_path / "out", MANIFEST) as store:
+        monkeypatch.setattr("gradwise.bench.store.write_json", full)
+        with pytest.raises(UserError, match=r"--out: cannot write .*seed-0\.json: No space left on device"):
+            store.put("adamw", "seed-0", {"test": 0.5})
+        assert store.get("adamw", "seed-0") is None
+
+
 def test_one_process_at_a_time_and_a_killed_one_leaves_no_lock(tmp_path):
     folder = tmp_path / "out"
     code = "import time; from gradwise.bench.store import Store\n"

@@ -176,8 +176,31 @@ def test_a_real_allocation_that_cannot_be_had_is_a_result():
 def test_a_linear_algebra_error_is_a_result_but_a_mistake_is_raised():
     trial = run_trial(failing(torch.linalg.LinAlgError("svd did not converge")), SGD, {"lr": 0.1}, seed=0, budget=STEPS)
     assert "LinAlgError: svd did not converge, at step 3" in trial["reason"]
-    with pytest.raises(AttributeError):
-        run_trial(failing(AttributeError("a bug")), SGD, {"lr": 0.1}, seed=0, budget=STEPS)
+    for bug in (AttributeError("a bug"), RuntimeError("shapes (3, 2) and (4,) do not match"), ValueError("information is missing")):
+        with pytest.raises(type(bug)):
+            run_trial(failing(bug), SGD, {"lr": 0.1}, seed=0, budget=STEPS)
+
+
+def test_an_error_over_numbers_that_are_not_finite_is_a_result():
+    trial = run_trial(failing(ValueError("Input contains NaN.")), SGD, {"lr": 0.1}, seed=0, budget=STEPS)
+    assert "ValueError: Input contains NaN., at step 3" in trial["reason"]
+    base = tasks.load("wine")
+
+    def objective(model, batch):
+        if any(p.abs().max() > 1e30 for p in model.parameters()):
+            raise RuntimeError("expected rows that sum to one")
+        return base.objective(model, batch)
+
+    trial = run_trial(dataclasses.replace(base, objective=objective), SGD, {"lr": 1e35}, seed=0, budget=STEPS)
+    assert "expected rows that sum to one" in trial["reason"]
+
+
+def test_data_that_differ_from_load_to_load_are_refused():
+    """Each worker loads the task for itself: its data must be those of the process that asked."""
+    known = tasks.load("wine").data_hash()
+    assert run_trial("wine", SGD, {"lr": 0.1}, seed=0, budget=STEPS, data_hash=known)["status"] == "complete"
+    with pytest.raises(UserError, match="task 'wine' has other data each time it is loaded"):
+        run_trial("wine", SGD, {"lr": 0.1}, seed=0, budget=STEPS, data_hash="0" * 64)
 
 
 def test_a_metric_that_is_not_finite_is_divergence():
@@ -193,6 +216,9 @@ def test_a_rehearsal_refuses_what_cannot_stand_and_takes_the_rest():
     rehearse(tasks.load("wine"), SGD, {"lr": 0.1})
     with pytest.raises(UserError, match="cannot be replaced"):
         rehearse(tasks.load("diabetes"), Sentence(Word("sgd"), loss=Word("comp_sum")), {"lr": 0.1})
+    assert rehearse(tasks.load("wine"), SGD, {"lr": 0.1}).forwards == 1
+    greedy = dataclasses.replace(tasks.load("wine"), objective=lambda model, batch: torch.ones(2**55).sum())
+    assert rehearse(greedy, SGD, {"lr": 0.1}) is None  # no memory is a result, which the trials report
     with pytest.raises(UserError, match="one step on task 'stdlib_text' raised"):
         rehearse(tasks.load("stdlib_text"), Sentence(Word("sgd"), loss=Word("smooth_adversarial_comp_sum")), {"lr": 0.1})
 

@@ -33,6 +33,7 @@ def test_the_template_is_a_task_that_can_be_learnt(tmp_path):
         ("batch_size=32", "batch_size=0", "batch_size: expected a positive integer, got 0"),
         ("model=model,", "model=torch.nn.Linear(2, 2),", "model: expected a function that builds the model"),
         ("train=train", "train=list(train)", "train: expected a tuple of tensors"),
+        ("test=test", "test=(test[0].numpy(), test[1])", "test: expected a tuple of tensors, got tuple of ndarray, Tensor"),
         ("test=test", "test=test[:1]", "expected the same number of tensors in each, got [1, 2]"),
         (
             "validation=validation",
@@ -91,6 +92,8 @@ def test_all_wrong_values_are_told_at_once(tmp_path):
         ("import torch\n\n1 / 0\n", "my_task.py, line 3: importing the file raised ZeroDivisionError"),
         ("def task():\n    return undefined\n", "my_task.py, line 2: task() raised NameError"),
         ("def tasks():\n    pass\n", "my_task.py has no function 'task'; did you mean tasks?"),
+        ("def task():\n    raise SystemExit(5)\n", "my_task.py, line 2: task() raised SystemExit: 5"),
+        ("task = 3\n", "expected a function 'task' in my_task.py, got int 3"),
     ],
 )
 def test_a_file_that_fails_is_told_with_its_line(tmp_path, text, expected):

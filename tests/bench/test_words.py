@@ -9,7 +9,7 @@ from torch import nn
 from gradwise.bench import tasks, words
 from gradwise.bench.sentence import SLOTS, Sentence, Word
 from gradwise.core.errors import UserError
-from gradwise.core.search_space import Choice, LogUniform
+from gradwise.core.search_space import Choice, LogUniform, Uniform
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,26 @@ def test_a_wrong_argument_is_named_with_what_the_signature_takes(slot, word, exp
 
 
 def test_both_ends_of_a_search_space_are_tried():
-    words.check("optimizer", Word("sgd"), {"lr": LogUniform(1e-3, 1.0)})
-    with pytest.raises(UserError, match="momentum"):
-        words.check("optimizer", Word("sgd"), {"momentum": Choice((0.9, -1.0))})
+    assert words.wrong_ranges("optimizer", Word("sgd"), {"lr": LogUniform(1e-3, 1.0)}) == {}
+    wrong = words.wrong_ranges("optimizer", Word("sgd"), {"momentum": Choice((0.9, -1.0)), "lr": Uniform(-2.0, 1.0)})
+    assert wrong == {"momentum": "sgd: Invalid momentum value: -1.0", "lr": "sgd: Invalid learning rate: -2.0"}
+    wrong = words.wrong_ranges("transforms", Word("clip_norm", {"order": 2.0}), {"max_norm": Choice(("x",))})
+    assert list(wrong) == ["clip_norm.max_norm"]
+    together = words.wrong_ranges("optimizer", Word("sgd"), {"nesterov": Choice((False, True)), "momentum": Choice((0.0, 0.9))})
+    assert "Nesterov momentum requires a momentum" in together["nesterov"]
+    assert words.wrong_ranges("optimizer", Word("sgd", {"nesterov": True}), {"lr": LogUniform(0.1, 1.0)}) == {}
+
+
+def test_every_value_that_a_word_refuses_is_told():
+    with pytest.raises(UserError) as caught:
+        words.check("estimator", Word("spsa", {"mu": -1.0, "q": 0, "sides": 3}))
+    assert all(f"{name} must" in str(caught.value) for name in ("mu", "q", "sides"))
+    with pytest.raises(UserError) as caught:
+        words.check("transforms", Word("clip_norm", {"max_norm": "x"}))
+    assert "max_norm must be float, got 'x' (clip_norm takes" in str(caught.value)
+    words.check("optimizer", Word("sgd", {"nesterov": True}))  # its momentum is tuned
+    with pytest.raises(UserError, match="Nesterov momentum requires"):
+        words.check("optimizer", Word("sgd", {"nesterov": True, "momentum": 0.0}))
 
 
 @pytest.mark.parametrize("name", words.names("optimizer"))
@@ -83,6 +100,7 @@ def test_every_optimizer_declares_lr_and_accepts_its_own_search_space(name):
     assert isinstance(space["lr"], LogUniform)
     assert 1 <= len(space) <= 3
     words.check("optimizer", Word(name))
+    assert words.wrong_ranges("optimizer", Word(name), {}) == {}
 
 
 def test_what_is_said_with_a_value_is_not_tuned():

@@ -19,8 +19,8 @@ def test_the_nearest_name_comes_first(given, suggested):
 
 def test_nothing_near_is_nothing_suggested():
     text = str(unknown("task", "zzzz", ["wine", "digits"]))
-    assert text == "unknown task 'zzzz'; (known: digits, wine)"
-    assert str(unknown("task", "x", [])) == "unknown task 'x'; (known: )"
+    assert text == "unknown task 'zzzz' (known: digits, wine)"
+    assert str(unknown("task", "x", [])) == "unknown task 'x' (known: )"
 
 
 def test_a_long_list_is_cut_after_thirty_names():

@@ -12,6 +12,8 @@ import contextlib
 import importlib.metadata
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,8 @@ def compare(
     if workers < 1:
         raise UserError(f"--workers must be at least 1, got {workers}")
     engines.check(engine)
+    if report is not None:
+        _check_writable(report)
     task = tasks.load(recipe.task)
     _rehearse(recipe, task)
     manifest = _manifest(recipe, task)
@@ -96,7 +100,7 @@ def compare(
         page = _write(found, out, report)
     screen.table(found)
     screen.say("")
-    screen.say(f"report: {page}" if page else f"results: {out / 'results.json'}")
+    screen.say(f"report: {page}")
     return found
 
 
@@ -107,6 +111,7 @@ class _Progress:
         self.recipe, self.task, self.store, self.screen = recipe, task, store, screen
         self.tuned: dict[str, list[dict[str, Any]]] = {name: [] for name in recipe.methods}
         self.runs: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in recipe.methods}
+        self.data_hash = task.data_hash()
         self.total = len(recipe.methods) * (recipe.trials + len(recipe.seeds))
 
     def run(self, engine: engines.Engine) -> None:
@@ -116,8 +121,9 @@ class _Progress:
         while waiting:
             key, found = engine.finished()
             method, phase, number = key
-            self.store.put(method, f"{phase}-{number}", found)
-            self._take(method, phase, number, found, kept=False)
+            with _interrupts_deferred():  # a trial on disk is a trial counted
+                self.store.put(method, f"{phase}-{number}", found)
+                self._take(method, phase, number, found, kept=False)
             waiting += (self._advance(method, engine) if phase == "tuning" else 0) - 1
 
     def recall(self) -> None:
@@ -157,6 +163,7 @@ class _Progress:
         job = {
             "task": self.recipe.task, "sentence": self.recipe.methods[method].sentence, "hyper": hyper, "seed": seed,
             "budget": self.recipe.budget, "number": self.recipe.seeds.index(seed) if final else number, "test": final,
+            "data_hash": self.data_hash,
         }  # fmt: skip
         engine.submit(key, job)
         return 1
@@ -178,15 +185,35 @@ def _engine(name: str, workers: int) -> Iterator[engines.Engine]:
         running.close()
 
 
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C inside takes effect at the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 def _rehearse(recipe: Recipe, task: Task) -> None:
     """One step of every sentence: what cannot stand together is refused before anything is measured."""
     problems = []
     for name, method in recipe.methods.items():
         hyper = tuning.suggest(method.space, [], better=task.better, method=name, trials=recipe.trials)
         try:
-            trial.rehearse(task, method.sentence, hyper)
+            step = trial.rehearse(task, method.sentence, hyper)
         except UserError as error:
             problems.append(f"method {name}: {error}")
+            continue
+        price = 0 if step is None else {"forwards": step.forwards, "bytes": step.gradient_bytes}.get(recipe.budget.kind, 0)
+        if price > recipe.budget.amount:
+            problems.append(f"method {name}: one step takes {price} {recipe.budget.kind}, the budget is {recipe.budget} a run")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -202,19 +229,31 @@ def _manifest(recipe: Recipe, task: Task) -> dict[str, Any]:
     }
 
 
-def _write(found: dict[str, Any], out: Path, report: Path | None) -> Path | None:
-    """results.json and the report beside it; returns where to look at the report."""
-    write_json(out / "results.json", found)
+def _check_writable(report: Path) -> None:
+    """Now rather than when everything is measured."""
     try:
-        from gradwise.bench.report import write_report
-    except ModuleNotFoundError:
-        return None
-    page = out / "report.html"
-    write_report(found, page)
-    if report is not None and report.resolve() != page.resolve():
         report.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(page, report)
-        return report
+    except OSError as error:
+        raise UserError(f"--report: {report.parent} cannot be used: {error.strerror or error}") from None
+    if report.is_dir():
+        raise UserError(f"--report: expected a file, got the folder {report}")
+    if not os.access(report if report.exists() else report.parent, os.W_OK):
+        raise UserError(f"--report: {report} cannot be written")
+
+
+def _write(found: dict[str, Any], out: Path, report: Path | None) -> Path:
+    """results.json and the report beside it; returns where to look at the report."""
+    from gradwise.bench.report import write_report  # here, because the first result need not wait for matplotlib
+
+    page = out / "report.html"
+    try:
+        write_json(out / "results.json", found)
+        write_report(found, page)
+        if report is not None and report.resolve() != page.resolve():
+            shutil.copyfile(page, report)
+            return report
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
     return page
 
 

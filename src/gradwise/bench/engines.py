@@ -28,6 +28,9 @@ from gradwise.bench.trial import died, run_trial
 from gradwise.core.errors import UserError, unknown
 
 ENGINES = ("local", "ray", "inline")
+_ENDED_ON_PURPOSE = (-signal.SIGTERM, -signal.SIGINT)
+"""Exit codes of a process that somebody, or a machine that shuts down, asked to end: no result of the trial's."""
+
 Job = dict[str, Any]
 Key = Any  # whatever the caller knows a job by: hashable
 
@@ -201,6 +204,9 @@ class LocalEngine:
         worker.process.join()
         worker.connection.close()
         code = worker.process.exitcode
+        if code in _ENDED_ON_PURPOSE:
+            name = signal.Signals(-code).name
+            raise UserError(f"a worker was ended by {name}: what was measured is kept, the same command continues")
         self._workers[self._workers.index(worker)] = self._spawned()
         self._deaths[key] = self._deaths.get(key, 0) + 1
         if self._deaths[key] == 1:
@@ -270,7 +276,7 @@ def _attempted(job: Job) -> tuple[str, Any]:
         return "trial", run_trial(**job)
     except UserError as error:
         return "mistake", str(error)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return "failure", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
 
 

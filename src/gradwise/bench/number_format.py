@@ -34,10 +34,11 @@ def fixed(value: float | None, places: int, signed: bool = False) -> str:
     """A value with a fixed number of decimals.
 
     Example:
-        >>> fixed(0.9712, 2), fixed(0.004, 4, signed=True), fixed(None, 2)
-        ('0.97', '+0.0040', '–')
+        >>> fixed(0.9712, 2), fixed(0.004, 4, signed=True), fixed(-0.0001, 2), fixed(None, 2)
+        ('0.97', '+0.0040', '0.00', '–')
     """
-    return ABSENT if value is None else typographic(f"{value:{'+' if signed else ''}.{places}f}")
+    # + 0.0 makes a zero of -0.0, which rounding leaves of a small negative value
+    return ABSENT if value is None else typographic(f"{round(value, places) + 0.0:{'+' if signed else ''}.{places}f}")
 
 
 def pair(low: float | None, high: float | None, places: int, signed: bool = False) -> str:

@@ -200,7 +200,7 @@ def _draw_curves(axes: Axes, results: Results, quantity: str, abscissa: str, clo
         pooled += [target] if pooled else []
     log = loss or (results["task"]["better"] == "lower" and _wide_range(pooled))
     bottom, top = _limits(axes, pooled, log=log, robust=not close_up)
-    axes.set_xlim(start, last if shown else 1.03 * last)  # room for the crosses at the end of broken curves
+    axes.set_xlim(start, (last if shown else 1.03 * last) or 1.0)  # room for the crosses at the end of broken curves
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     if abscissa == "bytes":
         axes.xaxis.set_major_formatter(EngFormatter(unit="B"))

@@ -22,8 +22,7 @@ mistake is reported at once, each with the path of its key.
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -138,15 +137,6 @@ class Recipe(BaseModel):
             },
         }
 
-    def hash(self) -> str:
-        """SHA-256 of `plain()`.
-
-        Example:
-            >>> len(parse({"task": "wine", "methods": ["adamw", "sgd"]}).hash())
-            64
-        """
-        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()
-
 
 def describe(declared: Range) -> str:
     """A range in words.
@@ -187,7 +177,8 @@ def parse(data: Mapping[str, Any], *, flags: bool = False) -> Recipe:
         listed = data["methods"]
         data["methods"] = {str(name): {"optimizer": name} for name in listed}
         if len(data["methods"]) < len(listed):
-            problems.append(("methods", "a method is named twice"))
+            twice = sorted({str(name) for name in listed if listed.count(name) > 1})
+            problems.append(("methods", f"{', '.join(twice)} named twice"))
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate(data)
@@ -265,7 +256,8 @@ def from_flags(file: Path | None = None, **flags: Any) -> Recipe:
 def _told(error: Any) -> tuple[str, str]:
     """One of pydantic's errors as (path, message)."""
     location = [str(part) for part in error["loc"] if part != "[key]"]
-    path, given = ".".join(location) or "recipe", error["input"]
+    # a budget's kind is a key in the recipe and a value in the model
+    path, given = "budget" if location[:1] == ["budget"] else ".".join(location) or "recipe", error["input"]
     match error["type"]:
         case "extra_forbidden":
             known = list(Method.model_fields if location[0] == "methods" else Recipe.model_fields)
@@ -280,7 +272,8 @@ def _told(error: Any) -> tuple[str, str]:
         case "string_pattern_mismatch":
             return path, "expected a name of letters, digits and _ . + - (at most 60 characters)"
         case _:
-            return path, f"{error['msg'].replace('Input should be', 'expected')}, got {given!r}"
+            text = re.sub(r"valid dictionary( or instance of \w+)?", "table", error["msg"].replace("Input should be", "expected"))
+            return path, f"{text}, got {given!r}"
 
 
 def _wrong_words(data: Mapping[str, Any], flags: bool) -> Iterator[tuple[str, str]]:
@@ -311,10 +304,14 @@ def _wrong_in_method(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for i, value in enumerate(values):
             word = _attempted(recipe_fields.word, value) if value is not None else None
             if word is not None:
+                place, knobs = f"{slot}.{i}" if slot == "transforms" else slot, words.knobs_of(slot, word, space)
                 try:
-                    words.check(slot, word, words.knobs_of(slot, word, space))
+                    words.check(slot, word, knobs)
                 except UserError as error:
-                    yield f"{slot}.{i}" if slot == "transforms" else slot, str(error)
+                    yield place, str(error)
+                    continue
+                for knob, told in words.wrong_ranges(slot, word, knobs).items():
+                    yield f"search_space.{knob}", told
     method = _attempted(Method.model_validate, table)
     if method is None or any(word.name not in words.names(slot) for slot, word in method.sentence.words()):
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from gradwise.bench.sentence import Word
@@ -53,13 +54,17 @@ def search_range(value: Any) -> Range:
         LogUniform(low=0.001, high=1.0)
     """
     if isinstance(value, dict) and set(value) == {"values"} and isinstance(value["values"], list) and value["values"]:
-        if all(isinstance(v, float | int | str | None) for v in value["values"]):
+        if all(isinstance(v, bool | str | None) or _is_number(v) for v in value["values"]):
             return Choice(tuple(value["values"]))
     elif isinstance(value, dict) and {"low", "high"} <= set(value) <= {"low", "high", "log"}:
         low, high, log = value["low"], value["high"], value.get("log", False)
-        if isinstance(log, bool) and all(isinstance(v, float | int) and not isinstance(v, bool) for v in (low, high)):
+        if isinstance(log, bool) and all(map(_is_number, (low, high))):
             return (LogUniform if log else Uniform)(float(low), float(high))
-    raise ValueError(f"expected {{low = ..., high = ..., log = true}} or {{values = [...]}}, got {value!r}")
+    raise ValueError(f"expected {{low = ..., high = ..., log = true}} or {{values = [...]}} with finite numbers, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def seeds(value: Any) -> tuple[int, ...]:

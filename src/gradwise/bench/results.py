@@ -1,11 +1,13 @@
 """From trials to results.json: summaries a method, paired comparisons with the baseline, and the verdict in one sentence.
 
-A diverged run has no test figure; in the statistics it counts as the worst figure of the whole table, so that diverging never
-helps. The words "no detectable difference" stand wherever the corrected p-value is 0.05 or more.
+A diverged run has no test figure; in the statistics it counts as the worst figure of the whole table, that of the untrained
+models included: diverging never helps, and it hurts even where every other run does equally well. The words "no detectable
+difference" stand wherever the corrected p-value is 0.05 or more.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import math
@@ -51,7 +53,7 @@ def results(
     methods = [_method(name, recipe, task, list(tuned.get(name, ())), list(runs.get(name, ()))) for name in recipe.methods]
     finals = [r["validation"] for m in methods if m["name"] == recipe.baseline for r in m["runs"] if r["validation"] is not None]
     target = python_statistics.median(finals) if finals else None
-    figures = [_figure(run) for m in methods for run in m["runs"]]
+    figures = worst_cases(methods)
     for method in methods:
         method["summary"] = _summary(method["runs"], task, target, figures)
     comparisons = _comparisons(methods, recipe, task, figures)
@@ -74,6 +76,19 @@ def results(
         "methods": methods,
         "comparisons": comparisons,
     }
+
+
+def worst_cases(methods: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The figures of which a diverged run gets the worst: every test figure, and the validation figure of every untrained model.
+
+    Example:
+        >>> run = {"status": "complete", "test": 0.9, "curve": {"validation": [0.1, 0.8]}}
+        >>> worst_cases([{"runs": [run]}])
+        [0.9, 0.1]
+    """
+    runs = [run for m in methods for run in m["runs"]]
+    figures = [*map(_figure, runs), *(v for run in runs for v in run["curve"]["validation"][:1])]
+    return [v for v in figures if v is not None]
 
 
 def without_timings(value: Any) -> Any:
@@ -105,16 +120,27 @@ def verdict(
         return f"On {task.name} there is no verdict yet: the comparison is not finished."
     if all(summary["mean"] is None for summary in summaries.values()):
         return f"On {task.name} every run of every method diverged: there is nothing to compare."
-    base, metric = recipe.baseline, f"test {task.metric}"
-    terms = f"over {len(recipe.seeds)} paired seeds, after {recipe.trials} tuning trials each and {recipe.budget} a run"
-    if len(recipe.seeds) < 5:
+    base, metric, count = recipe.baseline, f"test {task.metric}", len(recipe.seeds)
+    tuned = f"{recipe.trials} tuning trial{'s' if recipe.trials > 1 else ''} each"
+    terms = f"over {count} paired seeds, after {tuned} and {recipe.budget} a run"
+    if count < 5:
         terms += " (fewer than 5 seeds can hardly detect a difference)"
+    own = _with_interval(summaries[base])
+    lost = [name for name, summary in summaries.items() if summary["mean"] is None and name != base]
+    ends = [f"; {_listed(lost)} diverged on every seed"] if lost else []
+    ends += [f"; {name} diverged on {s['diverged']} of {count} seeds" for name, s in summaries.items() if 0 < s["diverged"] < count]
+    if summaries[base]["mean"] is None:
+        pick = max if task.better == "higher" else min
+        best = pick((name for name in summaries if summaries[name]["mean"] is not None), key=lambda name: summaries[name]["mean"])
+        said_best = f"the best mean {metric} {terms} is that of {best} ({_with_interval(summaries[best])})"
+        return f"On {task.name}, the baseline {base} diverged on every seed; {said_best}{''.join(ends)}."
     said: dict[str, list[str]] = {"better": [], "worse": [], "no detectable difference": []}
     for comparison in comparisons:
-        said[comparison["verdict"]].append(comparison["method"])
-    own = _with_interval(summaries[base])
-    worse = f"; {_listed(said['worse'])} {'is' if len(said['worse']) == 1 else 'are'} worse" if said["worse"] else ""
-    same = said["no detectable difference"]
+        if comparison["method"] not in lost:
+            said[comparison["verdict"]].append(comparison["method"])
+    if said["worse"]:
+        ends.insert(0, f"; {_listed(said['worse'])} {'is' if len(said['worse']) == 1 else 'are'} worse")
+    same, worse = said["no detectable difference"], "".join(ends)
     if said["better"]:
         winners = ", ".join(f"{name} ({_number(summaries[name]['mean'])})" for name in said["better"])
         tied = f"; no detectable difference for {_listed(same)}" if same else ""
@@ -173,9 +199,8 @@ def _method(name: str, recipe: Recipe, task: Task, tuned: list[Trial], runs: lis
     }
 
 
-def _summary(runs: Sequence[Trial], task: Task, target: float | None, figures: Sequence[float | None]) -> dict[str, Any]:
-    known = [f for f in figures if f is not None]
-    values = statistics.fill_diverged([_figure(run) for run in runs], known, task.better) if runs and known else []
+def _summary(runs: Sequence[Trial], task: Task, target: float | None, figures: Sequence[float]) -> dict[str, Any]:
+    values = statistics.fill_diverged([_figure(run) for run in runs], figures, task.better) if runs and figures else []
     interval = statistics.mean_interval(values) if values and any(_figure(run) is not None for run in runs) else None
     pick = max if task.better == "higher" else min
     bests = [pick(seen) for run in runs if (seen := [v for v in run["curve"]["validation"] if v is not None])]
@@ -197,7 +222,7 @@ def _summary(runs: Sequence[Trial], task: Task, target: float | None, figures: S
 
 
 def _comparisons(
-    methods: Sequence[Mapping[str, Any]], recipe: Recipe, task: Task, figures: Sequence[float | None]
+    methods: Sequence[Mapping[str, Any]], recipe: Recipe, task: Task, figures: Sequence[float]
 ) -> list[dict[str, Any]]:
     """Each method against the baseline over the seeds both have run."""
     by_seed = {m["name"]: {run["seed"]: _figure(run) for run in m["runs"]} for m in methods}
@@ -209,7 +234,11 @@ def _comparisons(
         if name == recipe.baseline or len(shared) < 2 or nothing:
             continue
         one, other = (statistics.fill_diverged([x[seed] for seed in shared], figures, task.better) for x in (own, base))
-        compared.append((name, statistics.paired_bootstrap(one, other)))
+        found = statistics.paired_bootstrap(one, other)
+        if found.low == found.high != 0 and all(x[seed] is not None for seed in shared for x in (own, base)):
+            # the same difference on every seed has no spread to judge by, and a coarse metric makes it by chance: ask the signs alone
+            found = dataclasses.replace(found, p=2.0 ** (1 - len(shared)))
+        compared.append((name, found))
     corrected = statistics.holm([difference.p for _, difference in compared])
     return [
         {
@@ -242,12 +271,10 @@ def _finite(value: float | None) -> float | None:
 
 
 def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4g}"
+    return "none" if value is None else f"{value + 0.0:.4g}"  # + 0.0: never "-0"
 
 
 def _with_interval(summary: Mapping[str, Any]) -> str:
-    if summary["mean"] is None:
-        return "every run diverged"
     return f"{_number(summary['mean'])}, 95 % interval {_number(summary['low'])} to {_number(summary['high'])}"
 
 

@@ -31,6 +31,8 @@ class Screen:
 
     def __init__(self, console: Console, recipe: Recipe, task: Task) -> None:
         self.console, self.recipe, self.task = console, recipe, task
+        if not console.is_terminal:
+            console.width = max(console.width, 250)  # a file or a pipe has no width to fold a table to
         self.width = max(map(len, recipe.methods))
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -93,10 +95,10 @@ class Screen:
             s, c = m["summary"], said.get(m["name"])
             row = [
                 escape(m["name"]),
-                "-" if s["mean"] is None else f"{s['mean']:.4f}",
-                "-" if s["low"] is None else f"{s['low']:.3f} to {s['high']:.3f}",
-                f"{round(c['difference'], 4) + 0.0:+.4f}" if c else "-",
-                c["verdict"] if c else "baseline" if m["name"] == results["baseline"] else "-",
+                "-" if s["mean"] is None else figure(s["mean"]),
+                "-" if s["low"] is None else f"{figure(s['low'], 3)} to {figure(s['high'], 3)}",
+                figure(c["difference"], sign="+") if c and s["mean"] is not None else "-",
+                self._verdict(m, c, results["baseline"]),
                 "-" if s["seconds_per_step"] is None else f"{1000 * s['seconds_per_step']:.3g}",
                 f"{s['diverged']} of {len(m['runs'])}" if s["diverged"] else "-",
             ]
@@ -116,5 +118,23 @@ class Screen:
         """
         return ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in hyper.items())
 
+    @staticmethod
+    def _verdict(method: Mapping[str, Any], comparison: Mapping[str, Any] | None, baseline: str) -> str:
+        if method["runs"] and method["summary"]["mean"] is None:
+            return "diverged on every seed"
+        return comparison["verdict"] if comparison else "baseline" if method["name"] == baseline else "-"
+
     def _figure(self, value: float | None, trial: Mapping[str, Any]) -> str:
-        return f"{value:.4f}" if value is not None else f"diverged ({trial['reason']})"
+        return figure(value) if value is not None else f"diverged ({trial['reason']})"
+
+
+def figure(value: float, places: int = 4, sign: str = "") -> str:
+    """A figure of the metric: so many decimals, or so many digits where decimals would say little; never "-0.0000".
+
+    Example:
+        >>> figure(0.97), figure(-1e-17), figure(0.000123456), figure(0.0021, sign="+"), figure(123456.7)
+        ('0.9700', '0.0000', '0.0001235', '+0.0021', '1.235e+05')
+    """
+    value = 0.0 if abs(value) < 1e-12 else value
+    kind = "f" if value == 0 or 1e-3 <= abs(value) < 1e4 else "g"
+    return f"{value:{sign}.{places}{kind}}"

@@ -26,6 +26,7 @@ from gradwise.bench.chart_style import (
     tukey_fence,
     typographic,
 )
+from gradwise.bench.results import worst_cases
 from gradwise.bench.statistics import fill_diverged
 
 
@@ -33,7 +34,8 @@ from gradwise.bench.statistics import fill_diverged
 class Row:
     """One method of a row chart: a dot a seed, their mean and its 95 % interval.
 
-    A dot is a value and whether a diverged run is behind it; such a run has the worst figure of all, as in the statistics.
+    A dot is a value and whether a diverged run is behind it; such a run has the worst figure of all, as in the statistics
+    (`gradwise.bench.results.worst_cases`).
 
     Example:
         >>> Row("lion", [(0.97, False)], 0.97, None, None).name
@@ -51,7 +53,7 @@ def value_rows(results: Results) -> list[Row]:
     """The test metric of every seed of every method.
 
     Example:
-        >>> run = {"seed": 0, "test": 0.5, "status": "complete"}
+        >>> run = {"seed": 0, "test": 0.5, "status": "complete", "curve": {"validation": [0.1]}}
         >>> method = {"name": "sgd", "runs": [run], "summary": {"mean": 0.5}}
         >>> value_rows({"task": {"better": "higher"}, "methods": [method]})[0].dots
         [(0.5, False)]
@@ -83,9 +85,9 @@ def difference_rows(results: Results) -> list[Row]:
 def _figures(results: Results) -> dict[str, dict[int, tuple[float, bool]]]:
     """By method and seed: the test figure, the worst of all for a run that diverged, and whether it did."""
     runs = {m["name"]: {r["seed"]: r["test"] if r["status"] == "complete" else None for r in m["runs"]} for m in results["methods"]}
-    known = finite(v for own in runs.values() for v in own.values())
-    if not known:
+    if not finite(v for own in runs.values() for v in own.values()):
         return {name: {} for name in runs}
+    known = worst_cases(results["methods"])
     filled = {name: fill_diverged(list(own.values()), known, results["task"]["better"]) for name, own in runs.items()}
     return {name: {seed: (v, own[seed] is None) for seed, v in zip(own, filled[name], strict=True)} for name, own in runs.items()}
 

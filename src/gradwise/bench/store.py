@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from gradwise.core.errors import UserError
 
 SCHEMA = 1
+_HASHES = {"data_hash": "its data were other numbers", "task_source": "the task's file has changed since"}
 
 
 class Store:
@@ -100,7 +101,11 @@ class Store:
             ...     len(store)
             1
         """
-        write_json(self._path(method, name), self._sealed({"method": method, "name": name, "trial": trial}))
+        path = self._path(method, name)
+        try:
+            write_json(path, self._sealed({"method": method, "name": name, "trial": trial}))
+        except OSError as error:
+            raise UserError(f"--out: cannot write {path}: {error.strerror or error}") from error
         self._trials[method, name] = trial
 
     def _open(self) -> None:
@@ -209,5 +214,7 @@ def _difference(there: Any, here: Any, path: str = "") -> str:
             if key not in there or key not in here:
                 return f"{inner} is only {'here' if key in here else 'there'}"
             if there[key] != here[key]:
+                if inner in _HASHES:
+                    return _HASHES[inner]
                 return _difference(there[key], here[key], inner)
     return f"{path or 'the manifest'} is {there!r} there and {here!r} here"

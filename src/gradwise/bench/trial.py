@@ -7,10 +7,12 @@ the end.
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import math
 import random
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +35,7 @@ EVALUATIONS = 25
 """Evaluations on the validation split over a run, beside the one before the first step."""
 
 _EXPLODED = 1e10
+_NOT_FINITE = re.compile(r"\b(nan|inf|infinity|infinite|non-?finite|finite)\b", re.IGNORECASE)
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "DefaultCPUAllocator")
 
 
@@ -88,6 +91,7 @@ def run_trial(
     budget: Budget,
     number: int = 0,
     test: bool = False,
+    data_hash: str = "",
 ) -> dict[str, Any]:
     """Train one model and say how it went.
 
@@ -99,6 +103,7 @@ def run_trial(
         budget: what the run may spend; it stops before a step that would exceed a budget of forwards or bytes.
         number: kept in the result.
         test: evaluate the test split at the end.
+        data_hash: what the task's data must be; "" is not checked.
 
     Returns:
         The trial as JSON data (numbers that are not finite are None): number, seed, hyper, status ("complete" or "diverged"),
@@ -106,7 +111,8 @@ def run_trial(
         last), test, cost.
 
     Raises:
-        UserError: a sentence that cannot be built on this task.
+        UserError: a sentence that cannot be built on this task, or data other than `data_hash` says.
+        Exception: whatever a task's or a method's own code raises that is no divergence.
 
     Example:
         >>> from gradwise.bench.sentence import Word
@@ -115,8 +121,10 @@ def run_trial(
         ('complete', 50, True, None)
     """
     task = tasks.load(task) if isinstance(task, str) else task
+    if data_hash and _data_hash(task) != data_hash:
+        raise UserError(f"task {task.name!r} has other data each time it is loaded: draw it from a generator with a fixed seed")
     record, reason = _Record(), None
-    validation = tested = None
+    model = validation = tested = None
     with _one_thread(), _isolated(seed):
         try:
             record.peak_bytes, total_steps = _probe(task, sentence, hyper, seed, budget)
@@ -127,6 +135,8 @@ def run_trial(
         except UserError:
             raise
         except (ArithmeticError, MemoryError, ValueError, RuntimeError) as error:
+            if not _is_divergence(error, model):
+                raise
             reason, validation = _told(error, record.steps), None
     status = "complete" if reason is None else "diverged"
     return {
@@ -153,8 +163,11 @@ def died(job: Mapping[str, Any], reason: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rehearse(task: Task, sentence: Sentence, hyper: Mapping[str, Any]) -> None:
+def rehearse(task: Task, sentence: Sentence, hyper: Mapping[str, Any]) -> StepReport | None:
     """Take one step of a sentence on a task, so that words which cannot stand there are refused before any work is done.
+
+    Returns:
+        The step's report; None when it diverged at once, which is a result that the trials will report.
 
     Raises:
         UserError: with the reason.
@@ -169,10 +182,10 @@ def rehearse(task: Task, sentence: Sentence, hyper: Mapping[str, Any]) -> None:
     with _one_thread(), _isolated(0):
         _, step = _prepared(task, sentence, hyper, 0, total_steps=100)
         try:
-            step(next(task.batches(0)))
-        except (FloatingPointError, MemoryError):
-            return  # a result, which the trial will report
+            return step(next(task.batches(0)))
         except Exception as error:
+            if _is_divergence(error, step.model):
+                return None
             raise UserError(f"one step on task {task.name!r} raised {type(error).__name__}: {error}") from error
 
 
@@ -234,13 +247,31 @@ def _evaluated(task: Task, model: nn.Module, data: Data, may_fail: bool = False)
     return value
 
 
-def _told(error: BaseException, steps: int) -> str:
+def _is_divergence(error: Exception, model: nn.Module | None) -> bool:
+    """Whether numbers or memory ran out, rather than a mistake in somebody's code having been met."""
+    algebra = isinstance(error, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+    if algebra or isinstance(error, ArithmeticError) or _is_out_of_memory(error):
+        return True
+    exploded = model is not None and not all(bool((p.abs() < _EXPLODED).all()) for p in model.parameters())  # nan is not < either
+    return isinstance(error, ValueError | RuntimeError) and (exploded or _NOT_FINITE.search(str(error)) is not None)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+def _told(error: Exception, steps: int) -> str:
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):
+    if _is_out_of_memory(error):
         text = f"out of memory ({text})"
     elif not isinstance(error, _Diverged):
         text = f"{type(error).__name__}: {text}"
     return f"{text}, at step {steps}"
+
+
+@functools.lru_cache(maxsize=8)
+def _data_hash(task: Task) -> str:
+    return task.data_hash()
 
 
 def _finite(value: float | None) -> float | None:

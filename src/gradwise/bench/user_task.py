@@ -94,8 +94,11 @@ def _loaded(reference: str, path: Path, name: str, source: str) -> Task:
     """`source` is the file's hash: a file that has changed is loaded again."""
     module = _imported(path)
     function = getattr(module, name, None)
-    if not callable(function):
-        near = difflib.get_close_matches(name, [key for key, value in vars(module).items() if callable(value)], n=2)
+    if function is not None and not callable(function):
+        raise UserError(f"task {reference!r}: expected a function {name!r} in {path.name}, got {_shown(function)}")
+    if function is None:
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        near = difflib.get_close_matches(name, own, n=2)
         raise UserError(
             f"task {reference!r}: {path.name} has no function {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
         )
@@ -201,13 +204,15 @@ def _wrong_behaviour(task: Task) -> list[str]:
 def _attempt(call: Callable[[], Any], what: str) -> tuple[Any, str | None]:
     try:
         return call(), None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return None, f"{what}: expected to work, but raised {type(error).__name__}: {error}"
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}" + ("" if value.requires_grad else " without gradient")
+    if isinstance(value, tuple | list) and value and not all(isinstance(x, Tensor) for x in value):
+        return f"{type(value).__name__} of {', '.join(type(x).__name__ for x in value[:4])}{', ...' if len(value) > 4 else ''}"
     text = repr(value)
     return f"{type(value).__name__} {text}" if len(text) < 60 else type(value).__name__
 
@@ -229,7 +234,7 @@ def _imported(path: Path) -> Any:
 def _guarded(call: Callable[[], Any], path: Path, what: str) -> Any:
     try:
         return call()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else (lines[-1] if lines else None)
         where = f", line {line}" if line else ""

@@ -59,33 +59,69 @@ def problems(target: Callable[..., Any], given: Mapping[str, Any], tuned: Search
     Args:
         target: the word's class or function.
         given: arguments with a value.
-        tuned: arguments with a search space; both ends of each range are tried.
+        tuned: arguments that get theirs from a search space (see `wrong_ranges`).
 
     Example:
         >>> problems(torch.optim.SGD, {"lr": -1.0, "momentun": 0.9}, {})
         ["unknown argument 'momentun', did you mean 'momentum'?", 'Invalid learning rate: -1.0']
     """
     parameters, hints = arguments(target), _hints(target)
-    ends = {key: _ends(declared) for key, declared in tuned.items() if key in parameters}
     wrong: dict[str, str] = {}
-    for key, value in [*given.items(), *((key, value) for key, values in ends.items() for value in values)]:
+    for key, value in given.items():
         if key not in parameters:
             near = difflib.get_close_matches(key, parameters, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             wrong[key] = f"{key} is set by compare itself" if key in SUPPLIED else f"unknown argument {key!r}{hint}"
-        elif not _fits(value, hints.get(key)):
-            wrong[key] = f"{key} must be {_type_name(hints[key])}, got {value!r}"
-    missing = [key for key, p in parameters.items() if p.default is p.empty and key not in {*given, *ends}]
+        elif (mismatch := _mismatch(key, value, hints)) is not None:
+            wrong[key] = mismatch
+    missing = [key for key in _required(parameters) if key not in {*given, *tuned}]
     told = [*wrong.values(), *(f"needs {key} ({_type_name(hints.get(key, Any))})" for key in missing)]
-    if missing or any(key in ends for key in wrong):
+    required = _required(parameters)
+    if missing or any(key in wrong for key in required):
         return told
+    first = {key: _ends(declared)[0] for key, declared in tuned.items() if key in parameters}
+    needed = {key: value for key, value in first.items() if key in required}
+
+    def refused(values: Mapping[str, Any]) -> str | None:
+        alone = _refusal(target, {**needed, **values})  # a value may also need one that is tuned, as nesterov needs momentum
+        return None if alone is None or _refusal(target, {**first, **values}) is None else alone
+
     usable = {key: value for key, value in given.items() if key not in wrong}
-    for tried in _corners(ends):
-        try:
-            _rehearse(target, {**tried, **usable})
-        except (ValueError, TypeError) as error:
-            return [*told, str(error)]
+    while usable and (refusal := refused(usable)) is not None:
+        told.append(refusal)
+        without = ({k: v for k, v in usable.items() if k != key} for key in usable if key not in required)
+        usable = next((rest for rest in without if refused(rest) != refusal), {})  # less the argument that it speaks of
     return told
+
+
+def wrong_ranges(target: Callable[..., Any], given: Mapping[str, Any], tuned: SearchSpace) -> dict[str, str]:
+    """What is wrong with search spaces, by argument: both ends of each range are tried, alone and beside the others.
+
+    Args:
+        target: the word's class or function.
+        given: arguments with a value, without mistakes of their own (see `problems`).
+        tuned: arguments with a search space.
+
+    Example:
+        >>> from gradwise.core.search_space import Uniform
+        >>> wrong_ranges(torch.optim.SGD, {}, {"lr": Uniform(-1.0, 1.0), "momentum": Choice(("much",))})
+        {'momentum': "momentum must be float, got 'much'", 'lr': 'Invalid learning rate: -1.0'}
+    """
+    parameters, hints = arguments(target), _hints(target)
+    ends = {key: _ends(declared) for key, declared in tuned.items() if key in parameters}
+    wrong = {key: told for key, values in ends.items() for v in values if (told := _mismatch(key, v, hints)) is not None}
+    first = {key: values[0] for key, values in ends.items() if key not in wrong}
+    beside: dict[str, Any] = {**{key: value for key, value in first.items() if key in _required(parameters)}, **given}
+    if _refusal(target, beside) is not None:
+        beside = {**first, **given}  # what is given needs one that is tuned, as nesterov needs momentum
+    for key, values in ends.items():
+        refused = next((told for v in values if key not in wrong and (told := _refusal(target, {**beside, key: v}))), None)
+        if refused:
+            wrong[key] = refused
+    if not wrong:
+        refused = next((told for corner in _corners(ends) if (told := _refusal(target, {**given, **corner}))), None)
+        wrong = {", ".join(ends): refused} if refused else {}
+    return wrong
 
 
 def call(target: Callable[..., Any], given: Mapping[str, Any], supplied: Mapping[str, Any]) -> Any:
@@ -101,11 +137,23 @@ def call(target: Callable[..., Any], given: Mapping[str, Any], supplied: Mapping
     return target(**{key: value for key, value in supplied.items() if key in taken}, **own)
 
 
-def _rehearse(target: Callable[..., Any], given: Mapping[str, Any]) -> None:
+def _required(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    return [key for key, p in parameters.items() if p.default is p.empty]
+
+
+def _mismatch(key: str, value: Any, hints: Mapping[str, Any]) -> str | None:
+    return None if _fits(value, hints.get(key)) else f"{key} must be {_type_name(hints[key])}, got {value!r}"
+
+
+def _refusal(target: Callable[..., Any], given: Mapping[str, Any]) -> str | None:
     """Call a word once in surroundings of straw, so that its own checks of ranges speak before any work is done."""
     straw = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     params = [torch.zeros(2, requires_grad=True)]
-    call(target, given, {"params": params, "optimizer": straw, "total_steps": 100, "T_max": 100, "module": nn.Linear(2, 2)})
+    try:
+        call(target, given, {"params": params, "optimizer": straw, "total_steps": 100, "T_max": 100, "module": nn.Linear(2, 2)})
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return None
 
 
 def _corners(ends: Mapping[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
@@ -157,4 +205,4 @@ def _type_name(hint: Any) -> str:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
     text = re.sub(r"\b(?:[a-z_]+\.)+", "", text)
-    return re.sub(r" \| (?:Tensor|Generator)\b", "", text)
+    return re.sub(r" \| (?:Tensor\b|Generator\b|ndarray\[.*\])", "", text)

@@ -90,7 +90,7 @@ def check(slot: str, word: Word, tuned: SearchSpace | None = None) -> None:
     Args:
         slot: its place.
         word: the word as said.
-        tuned: arguments that get their value from a search space; both ends of each range are tried.
+        tuned: arguments that get their value from a search space.
 
     Raises:
         UserError: naming the word, every wrong argument, and what the signature takes.
@@ -104,10 +104,25 @@ def check(slot: str, word: Word, tuned: SearchSpace | None = None) -> None:
         gradwise.core.errors.UserError: sgd: Invalid learning rate: -1.0 (sgd takes lr=0.001, ...
     """
     target = find(slot, word.name)
-    ranges = {**_declared_space(slot, word.name), **(tuned or {})}
-    problems = word_signature.problems(target, word.arguments, {k: r for k, r in ranges.items() if k not in word.arguments})
+    problems = word_signature.problems(target, word.arguments, _tuned(slot, word, tuned or {}))
     if problems:
         raise UserError(f"{word.name}: {'; '.join(problems)} ({word.name} takes {word_signature.takes(target)})")
+
+
+def wrong_ranges(slot: str, word: Word, tuned: SearchSpace) -> dict[str, str]:
+    """What is wrong with the search spaces of a word's arguments, by the names that knobs have in a recipe.
+
+    Args:
+        slot: its place.
+        word: the word, without mistakes of its own (see `check`).
+        tuned: ranges that take the place of those the word declares.
+
+    Example:
+        >>> wrong_ranges("optimizer", Word("sgd"), {"lr": Uniform(-1.0, 1.0)})
+        {'lr': 'sgd: Invalid learning rate: -1.0'}
+    """
+    found = word_signature.wrong_ranges(find(slot, word.name), word.arguments, _tuned(slot, word, tuned))
+    return {f"{_prefix(slot, word)}{key}": f"{word.name}: {told}" for key, told in found.items()}
 
 
 def knobs_of(slot: str, word: Word, space: SearchSpace) -> SearchSpace:
@@ -117,9 +132,9 @@ def knobs_of(slot: str, word: Word, space: SearchSpace) -> SearchSpace:
         >>> knobs_of("transforms", Word("clip_norm"), {"lr": Uniform(0, 1), "clip_norm.max_norm": Uniform(1, 2)})
         {'max_norm': Uniform(low=1, high=2)}
     """
-    if slot == "optimizer":
+    prefix = _prefix(slot, word)
+    if not prefix:
         return {knob: declared for knob, declared in space.items() if "." not in knob}
-    prefix = f"{word.name}."
     return {knob.removeprefix(prefix): declared for knob, declared in space.items() if knob.startswith(prefix)}
 
 
@@ -138,7 +153,7 @@ def search_space(sentence: Sentence) -> SearchSpace:
     for slot, word in sentence.words():
         for key, declared in _declared_space(slot, word.name).items():
             if key not in word.arguments:
-                space[key if slot == "optimizer" else f"{word.name}.{key}"] = declared
+                space[f"{_prefix(slot, word)}{key}"] = declared
     return space
 
 
@@ -156,7 +171,7 @@ def check_knob(sentence: Sentence, knob: str) -> None:
     known: dict[str, bool] = {}
     for slot, word in sentence.words():
         for key in word_signature.arguments(find(slot, word.name)):
-            known[key if slot == "optimizer" else f"{word.name}.{key}"] = key in word.arguments
+            known[f"{_prefix(slot, word)}{key}"] = key in word.arguments
     if knob not in known:
         raise unknown("knob", knob, known)
     if known[knob]:
@@ -181,7 +196,7 @@ def build(slot: str, word: Word, hyper: Mapping[str, Any], **supplied: Any) -> A
         0.5
     """
     target = find(slot, word.name)
-    prefix = "" if slot == "optimizer" else f"{word.name}."
+    prefix = _prefix(slot, word)
     tuned = {key: hyper[prefix + key] for key in word_signature.arguments(target) if prefix + key in hyper}
     try:
         return word_signature.call(target, {**tuned, **word.arguments}, supplied)
@@ -316,6 +331,15 @@ def _plain(name: str) -> str:
 
 def _singular(slot: str) -> str:
     return "transform" if slot == "transforms" else slot
+
+
+def _prefix(slot: str, word: Word) -> str:
+    return "" if slot == "optimizer" else f"{word.name}."
+
+
+def _tuned(slot: str, word: Word, tuned: SearchSpace) -> SearchSpace:
+    """What is tuned of one word, by its own argument names: what it declares and what was asked for, less what has a value."""
+    return {k: r for k, r in {**_declared_space(slot, word.name), **tuned}.items() if k not in word.arguments}
 
 
 def _declared_space(slot: str, name: str) -> SearchSpace:
