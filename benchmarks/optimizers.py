@@ -86,14 +86,15 @@ def first_compiled_step() -> float:
 
 
 def _step_of(opt: Any) -> Callable[[], object]:
-    """A step with the same gradients every time; HeavyBall drops them as it goes."""
+    """A step with the same gradients every time; HeavyBall drops them as it goes, so they are put back."""
+    if type(opt).__module__.split(".")[0] != "heavyball":
+        return opt.step
     held = [(p, p.grad) for group in opt.param_groups for p in group["params"]]
 
     def step() -> None:
-        opt.step()
         for p, grad in held:
-            if p.grad is None:
-                p.grad = grad
+            p.grad = grad
+        opt.step()
 
     return step
 

@@ -9,6 +9,7 @@ State always lives in the pool's buffers; `optimizer.state[p]` holds views of th
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -241,12 +242,16 @@ class Pool:
     def _runs(self, grads: list[Tensor | None], one_by_one: bool) -> Iterator[tuple[int, int]]:
         """Stretches of neighbours that all have a gradient and have taken the same number of steps."""
         start, count = 0, len(grads)
+        steps = [m.state["step"] for m in self.members]
+        if not one_by_one and steps.count(steps[0]) == count and all(grad is not None for grad in grads):
+            yield 0, count  # nearly every step of nearly every model
+            return
         while start < count:
             if grads[start] is None:
                 start += 1
                 continue
-            step, stop = self.members[start].state["step"], start + 1
-            while not one_by_one and stop < count and grads[stop] is not None and self.members[stop].state["step"] == step:
+            stop = start + 1
+            while not one_by_one and stop < count and grads[stop] is not None and steps[stop] == steps[start]:
                 stop += 1
             yield start, stop
             start = stop
@@ -255,6 +260,10 @@ class Pool:
         return buffer[m.offset : m.offset + m.param.numel()].view(m.param.shape)
 
     def _bring_home(self, start: int, stop: int, grads: list[Tensor | None]) -> None:
+        """Copy gradients that somebody put elsewhere to where they belong."""
+        homes = [m.home for m in self.members[start:stop]]
+        if all(map(operator.is_, grads[start:stop], homes)):
+            return
         for m, grad in zip(self.members[start:stop], grads[start:stop], strict=True):
             if grad is not m.home:
                 assert grad is not None
