@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 
 import gradwise
+from gradwise.bench.one_thread import one_thread
 from gradwise.bench.statistics import PairedDifference, paired_bootstrap
 
 VERDICTS = ("reproduced", "no detectable difference", "contradicted", "not measurable at this scale")
@@ -189,6 +190,7 @@ class Verdict:
             raise ValueError(f"not a verdict: {error}") from error
 
 
+@one_thread()
 def run_claim(
     claim: Claim,
     seeds: Sequence[int] | None = None,
@@ -196,7 +198,7 @@ def run_claim(
     *,
     kept: Sequence[Measurement] = (),
 ) -> Verdict:
-    """Measure a claim on every seed and pass the verdict.
+    """Measure a claim on every seed, on one thread, and pass the verdict.
 
     Args:
         claim: an instance.
@@ -391,10 +393,9 @@ def _check_definition(cls: type[Claim]) -> None:
         refuse("tolerance", 'above 0 where expects = "parity"')
     measured = cls.measure is not Claim.measure
     if measured == bool(cls.not_measurable):
-        word = "has both" if measured else "needs either"
-        raise TypeError(f"claim {cls.__name__} {word} measure(seed) {'and' if measured else 'or'} the reason in 'not_measurable'")
-    seeds = cls.seeds
-    if not isinstance(seeds, Sequence) or not all(type(s) is int for s in seeds):
+        words = ("has both", "and") if measured else ("needs either", "or")
+        raise TypeError(f"claim {cls.__name__} {words[0]} measure(seed) {words[1]} the reason in 'not_measurable'")
+    if not isinstance(cls.seeds, Sequence) or not all(type(s) is int for s in cls.seeds):
         refuse("seeds", "a sequence of int")
-    if measured and len(set(seeds)) < max(2, len(seeds)):
+    if measured and len(set(cls.seeds)) < max(2, len(cls.seeds)):
         refuse("seeds", "at least 2 distinct int")

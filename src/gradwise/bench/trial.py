@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from gradwise.bench import tasks, words
+from gradwise.bench.one_thread import one_thread
 from gradwise.bench.recipe import Budget
 from gradwise.bench.sentence import Sentence
 from gradwise.bench.tasks import Data, Task
@@ -125,7 +126,7 @@ def run_trial(
         raise UserError(f"task {task.name!r} has other data each time it is loaded: draw it from a generator with a fixed seed")
     record, reason = _Record(), None
     model = validation = tested = None
-    with _one_thread(), _isolated(seed):
+    with one_thread(), _isolated(seed):
         try:
             record.peak_bytes, total_steps = _probe(task, sentence, hyper, seed, budget)
             model, step = _prepared(task, sentence, hyper, seed, total_steps)
@@ -179,7 +180,7 @@ def rehearse(task: Task, sentence: Sentence, hyper: Mapping[str, Any]) -> StepRe
         gradwise.core.errors.UserError: loss cross_entropy: task 'diabetes' is not supervised classification, its objective
         cannot be replaced
     """
-    with _one_thread(), _isolated(0):
+    with one_thread(), _isolated(0):
         _, step = _prepared(task, sentence, hyper, 0, total_steps=100)
         try:
             return step(next(task.batches(0)))
@@ -276,17 +277,6 @@ def _data_hash(task: Task) -> str:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread, so that sums are taken in the same order however many runs share the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager
