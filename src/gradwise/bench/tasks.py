@@ -172,7 +172,7 @@ def accuracy(model: nn.Module, data: Data) -> float:
     """
     inputs, target = data
     logits = model(inputs)
-    return float((logits.argmax(1) == target).float().mean()) if bool(logits.isfinite().all()) else float("nan")
+    return float((logits.argmax(1) == target).double().mean()) if bool(logits.isfinite().all()) else float("nan")
 
 
 def split(*tensors: Tensor, seed: int = 0, validation: float = 0.2, test: float = 0.2) -> tuple[Data, Data, Data]:
