@@ -29,8 +29,9 @@ from gradwise.core.block_quantizer import BLOCK, BlockQuantizer, finite
 
 Rule: TypeAlias = Callable[[Tensor, Tensor, dict[str, Tensor], Any], tuple[Tensor, dict[str, Tensor]]]
 
-CHUNK = 2**16
-"""Entries a thread that an eager rule handles at a time on a CPU: its temporaries then stay in each core's own cache."""
+CHUNK = 2**17
+"""Entries a thread that an eager rule handles at a time on a CPU: its temporaries then stay in the caches, and few
+operators are started."""
 
 COMPILED_CHUNK = 2**19
 """The same for compiled kernels with 8-bit state, which keep the decoded state in temporaries between their two passes over a block."""
