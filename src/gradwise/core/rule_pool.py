@@ -190,9 +190,11 @@ class Pool:
 
     # --- the update ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, launch: Launch, grads: list[Tensor | None], one_by_one: bool) -> None:
-        """Advance every member that has a gradient, in as few kernel calls as steps and gaps allow; `grads` is what `gradients()` gave."""
+        """Advance every member that has a gradient, in as few kernel calls as steps and gaps allow.
+
+        `grads` is what `gradients()` gave. The caller has turned autograd off.
+        """
         if self.direct:
             if grads[0] is not None:
                 self.members[0].state["step"] += 1
